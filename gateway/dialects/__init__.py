@@ -1,0 +1,1 @@
+"""One dialect a file: request in, events out, errors in its own envelope."""

@@ -1,0 +1,219 @@
+"""The messages exchanged by a neuron's supervisor and its device processes.
+
+``Command`` flows from the supervisor to a device process, ``Event`` flows back. Both are closed
+unions of frozen structs told apart by a one-word tag, so the whole conversation can be read on
+this page and an unknown message is an error, never a guess. Tokens do not travel here: they, and
+the finish of their sequence, are records in the token ring (``cortex.ipc.ring``).
+
+    command         answered by
+    Ping            Pong
+    LoadModel       LoadProgress..., then ModelLoaded or Failed(command_id)
+    UnloadModel     ModelUnloaded or Failed(command_id)
+    Generate        records in the ring that end with a finish, or Failed(sequence_id)
+    Cancel          a CANCELLED finish in the ring; nothing where the sequence has already ended
+    QueryMemory     MemoryReport
+    Shutdown        Bye, then exit 0
+
+The first event of every life is Hello; one whose protocol differs is not talked to.
+"""
+
+from __future__ import annotations
+
+import msgspec
+
+PROTOCOL_VERSION = 1
+"""Raise it with any change to the fields below; peers that disagree refuse to talk."""
+
+
+class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How to choose the next token, already resolved. ``temperature=0`` is greedy.
+
+    ``max_tokens`` counts generated tokens, the end-of-sequence token included. ``top_k=0`` and
+    ``top_p=1`` switch those filters off. ``stop_token_ids`` end the sequence.
+    """
+
+    temperature: float
+    max_tokens: int
+    seed: int
+    top_p: float = 1.0
+    top_k: int = 0
+    stop_token_ids: tuple[int, ...] = ()
+
+
+class Footprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """Memory that a model holds on one device, in bytes, measured after its load."""
+
+    weights_bytes: int
+    kv_bytes: int
+    workspace_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """Everything the model holds."""
+        return self.weights_bytes + self.kv_bytes + self.workspace_bytes
+
+
+class Message(msgspec.Struct, frozen=True, tag_field="op", forbid_unknown_fields=True):
+    """Base of every message; subclasses add a ``tag``."""
+
+
+# Supervisor -> device process
+
+
+class Ping(Message, frozen=True, tag="ping"):
+    """Are you there? Answered by Pong, between two steps."""
+
+    command_id: int
+
+
+class LoadModel(Message, frozen=True, tag="load_model"):
+    """Map the weights under *path* and allocate the caches; answered by ModelLoaded or Failed.
+
+    *path* is a GGUF file, or a directory with config.json and safetensors. ``dtype`` is ``auto``
+    (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``. Where the three limits are None
+    the device chooses: one full context plus a fair number of short sequences, capped by what is
+    free of its memory budget.
+    """
+
+    command_id: int
+    model: str
+    path: str
+    dtype: str = "auto"
+    max_context_tokens: int | None = None
+    max_sequences: int | None = None
+    kv_cache_bytes: int | None = None
+
+
+class UnloadModel(Message, frozen=True, tag="unload_model"):
+    """Give back every byte of *model*; its sequences, if any, end as cancelled first."""
+
+    command_id: int
+    model: str
+
+
+class Generate(Message, frozen=True, tag="generate"):
+    """Start a sequence; its tokens and its finish come in the ring, a refusal as Failed."""
+
+    command_id: int
+    sequence_id: int
+    model: str
+    prompt_token_ids: list[int]
+    sampling: SamplingParams
+
+
+class Cancel(Message, frozen=True, tag="cancel"):
+    """End a sequence within one step; cancelling an unknown one is not an error."""
+
+    command_id: int
+    sequence_id: int
+
+
+class QueryMemory(Message, frozen=True, tag="query_memory"):
+    """Ask for a MemoryReport."""
+
+    command_id: int
+
+
+class Shutdown(Message, frozen=True, tag="shutdown"):
+    """Finish the running step, free the device, say Bye and exit 0."""
+
+    command_id: int
+
+
+Command = Ping | LoadModel | UnloadModel | Generate | Cancel | QueryMemory | Shutdown
+
+
+# Device process -> supervisor
+
+
+class Hello(Message, frozen=True, tag="hello"):
+    """First event of every device process.
+
+    ``preloaded`` is False where the fork server silently failed to import what it should have;
+    ``server_threads`` is the fork server's thread count after its imports and must be 1.
+    """
+
+    protocol: int
+    device: str
+    pid: int
+    preloaded: bool
+    server_threads: int
+    torch_version: str
+    cuda_version: str | None = None
+
+
+class Pong(Message, frozen=True, tag="pong"):
+    """Answers Ping."""
+
+    command_id: int
+
+
+class LoadProgress(Message, frozen=True, tag="load_progress"):
+    """How far a load has come, at most ten times a second. ``bytes_total`` 0 means unknown."""
+
+    command_id: int
+    model: str
+    bytes_done: int
+    bytes_total: int
+
+
+class ModelLoaded(Message, frozen=True, tag="model_loaded"):
+    """The model answers from now on. Limits are what the device settled on."""
+
+    command_id: int
+    model: str
+    footprint: Footprint
+    max_context_tokens: int
+    max_sequences: int
+    kv_cache_tokens: int
+    load_seconds: float
+
+
+class ModelUnloaded(Message, frozen=True, tag="model_unloaded"):
+    """Every byte of the model is given back."""
+
+    command_id: int
+    model: str
+
+
+class MemoryReport(Message, frozen=True, tag="memory_report"):
+    """Bytes of the device's budget: what there is, and what each model holds."""
+
+    command_id: int
+    total_bytes: int
+    free_bytes: int
+    models: dict[str, Footprint]
+
+
+class Failed(Message, frozen=True, tag="failed"):
+    """A command, or a running sequence, could not be carried out. Failure is data.
+
+    ``fatal`` means the device's context is lost: the process exits right after. A Failed that names
+    a sequence ends it; whatever the ring still holds of it came before.
+    """
+
+    code: str
+    detail: str
+    command_id: int | None = None
+    sequence_id: int | None = None
+    fatal: bool = False
+
+
+class Bye(Message, frozen=True, tag="bye"):
+    """Last event before a clean exit; answers Shutdown."""
+
+    command_id: int
+
+
+Event = Hello | Pong | LoadProgress | ModelLoaded | ModelUnloaded | MemoryReport | Failed | Bye
+
+
+def refuse_other_protocol(hello: Hello) -> None:
+    """Raise ProtocolError, in words, unless *hello* speaks this version."""
+    from cortex.ipc.errors import ProtocolError
+
+    if hello.protocol != PROTOCOL_VERSION:
+        raise ProtocolError(
+            f"the device process of {hello.device} speaks protocol {hello.protocol}, "
+            f"this supervisor speaks {PROTOCOL_VERSION}: restart the neuron after an upgrade"
+        )

@@ -1,0 +1,199 @@
+"""The HTTP shapes of a neuron that are not OpenAI's; the gateway's poller reads the same types.
+
+Decoders tolerate unknown fields, so that a gateway and a neuron of different ages understand each
+other; megabytes are 2**20 bytes.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+import msgspec
+from msgspec import Meta
+
+DeviceState = Literal["starting", "ready", "restarting", "poisoned", "stopped"]
+
+ModelStatus = Literal["loading", "loaded", "recovering", "unloading", "failed"]
+"""Public states; ``loading`` covers queued, downloading and loading, told apart by the phase."""
+
+LoadPhase = Literal["queued", "downloading", "loading"]
+
+HEADER_REQUEST_ID = "x-request-id"
+HEADER_NODE = "x-cortex-node"
+HEADER_REASON = "x-cortex-reason"
+HEADER_USAGE = "x-cortex-usage"
+HEADER_KEY = "x-cortex-key"
+HEADER_PRIORITY = "x-cortex-priority"
+
+NEURON_PORT = 13131
+GATEWAY_PORT = 31313
+METRICS_PORT = 31314
+
+EMBEDDED_MODEL = "smollm2-135m-instruct"
+
+MAX_BODY_BYTES = 32 * 2**20
+
+
+class DeviceHealth(msgspec.Struct, frozen=True):
+    """One device as ``GET /health`` shows it; None where it cannot be read."""
+
+    index: int
+    name: str
+    state: DeviceState
+    vram_used_mb: int | None = None
+    vram_free_mb: int | None = None
+    utilization_pct: int | None = None
+    temp_c: int | None = None
+    lifecycle_cycles: int = 0
+
+
+class ActivationFailure(msgspec.Struct, frozen=True):
+    """A model of the configuration that could not be loaded at start."""
+
+    model_id: str
+    error: str
+
+
+class Activation(msgspec.Struct, frozen=True):
+    """How far the models of the configuration have come."""
+
+    state: Literal["pre_warming", "ready"] = "ready"
+    pending: list[str] = []
+    in_progress: str | None = None
+    completed: list[str] = []
+    failed: list[ActivationFailure] = []
+
+
+class ModelLoad(msgspec.Struct, frozen=True):
+    """What a loaded model has to do right now."""
+
+    id: str
+    in_flight: int = 0
+    queue_depth: int = 0
+    max_in_flight: int = 0
+    max_queue_depth: int = 0
+    kv_budget_mb: int = 0
+    kv_available_mb: int = 0
+    tok_s_prefill: float = 0.0
+    tok_s_decode: float = 0.0
+
+
+class Health(msgspec.Struct, frozen=True):
+    """``GET /health``."""
+
+    uptime_secs: float
+    devices: list[DeviceHealth] = []
+    activation: Activation = Activation()
+    models: list[ModelLoad] = []
+    draining: bool = False
+
+
+class DeviceInfo(msgspec.Struct, frozen=True):
+    """One device as ``GET /discovery`` shows it."""
+
+    index: int
+    name: str
+    vram_total_mb: int
+    compute_capability: str | None = None
+
+
+class Discovery(msgspec.Struct, frozen=True, omit_defaults=True):
+    """``GET /discovery``."""
+
+    hostname: str
+    os: str
+    kernel: str
+    devices: list[DeviceInfo]
+    harnesses: list[str]
+    cuda_version: str | None = None
+    driver_version: str | None = None
+    cuda_unavailable_reason: str | None = None
+
+
+class Version(msgspec.Struct, frozen=True):
+    """``GET /version`` of either daemon; None where it does not apply."""
+
+    package_version: str
+    git_sha: str
+    torch_version: str | None = None
+    cuda_version: str | None = None
+    nccl_version: str | None = None
+
+
+class ModelDevice(msgspec.Struct, frozen=True):
+    """What a model holds on one device; zeros until it is loaded."""
+
+    index: int
+    weights_mb: int = 0
+    kv_mb: int = 0
+    workspace_mb: int = 0
+
+
+class Limit(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Tokens; absent is not zero."""
+
+    context: int | None = None
+    input: int | None = None
+    output: int | None = None
+
+
+class Servable(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What a request would meet."""
+
+    ok: bool
+    reason: str | None = None
+    detail: str | None = None
+
+
+class Progress(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How far a load has come."""
+
+    phase: LoadPhase
+    bytes_done: int = 0
+    bytes_total: int = 0
+    eta_seconds: float | None = None
+
+
+class ModelInfo(msgspec.Struct, frozen=True, omit_defaults=True):
+    """One model of ``GET /models``, which is a bare array of these."""
+
+    id: str
+    harness: str
+    status: ModelStatus
+    devices: list[ModelDevice]
+    servable: Servable
+    capabilities: list[str] = msgspec.field(default_factory=lambda: ["text"])
+    limit: Limit | None = None
+    tool_call: bool = False
+    reasoning: bool = False
+    progress: Progress | None = None
+    failure: str | None = None
+
+
+class LoadRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """``POST /models/load``. ``quant`` absent or null means dense safetensors."""
+
+    model_id: Annotated[str, Meta(min_length=1)]
+    harness: Literal["torch", "candle"] = "torch"
+    quant: str | None = None
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    tensor_parallel: Annotated[int, Meta(ge=1)] | None = None
+    devices: list[Annotated[int, Meta(ge=0)]] | None = None
+    max_context_tokens: Annotated[int, Meta(ge=16)] | None = None
+    kv_cache_mb: Annotated[int, Meta(ge=1)] | None = None
+    max_sequences: Annotated[int, Meta(ge=1)] | None = None
+    sampling: dict[str, Any] | None = None
+    wait: bool = False
+
+
+class LoadAnswer(msgspec.Struct, frozen=True):
+    """202 ``loading``, or 200 ``loaded``."""
+
+    status: Literal["loading", "loaded"]
+
+
+class UnloadRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``POST /models/unload``."""
+
+    model_id: Annotated[str, Meta(min_length=1)]
+    force: bool = False

@@ -1,0 +1,1 @@
+"""Checkpoint files without torch: headers, configurations, arithmetic of sizes."""

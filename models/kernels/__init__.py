@@ -1,0 +1,1 @@
+"""Fused operations per device, each beside its plain-torch reference."""
