@@ -34,7 +34,7 @@ ApiError               status  code
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any
 
 
 class CortexError(Exception):
@@ -56,7 +56,7 @@ class ApiError(CortexError):
     ``extras`` are further members of the error object (numbers of a refusal, say).
     """
 
-    status: ClassVar[int] = 500
+    status: int = 500
     code: str = "internal_error"
 
     def __init__(

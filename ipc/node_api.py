@@ -197,3 +197,26 @@ class UnloadRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 
     model_id: Annotated[str, Meta(min_length=1)]
     force: bool = False
+
+
+class RestartRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``POST /devices/{index}/restart``; an empty body means the defaults."""
+
+    force: bool = False
+
+
+class Endpoint(msgspec.Struct, frozen=True):
+    """``GET /models/{id}/endpoint``: the base URL, as the caller reached it."""
+
+    url: str
+
+
+class Capabilities(msgspec.Struct, frozen=True):
+    """``GET /models/{id}/capabilities``; an unknown limit is null, absent is not zero."""
+
+    capabilities: list[str]
+    limit: Limit | None
+    tool_call: bool
+    reasoning: bool
+    size_bytes: int
+    source: Literal["loaded", "cache"]

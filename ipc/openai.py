@@ -194,12 +194,17 @@ class AnswerMessage(msgspec.Struct, frozen=True):
 
 
 class Choice(msgspec.Struct, frozen=True):
-    """The one choice of a chat completion."""
+    """The one choice of a chat completion.
+
+    ``stop_reason`` is the stop string that ended the answer, as vLLM spells it; absent where an end
+    token or the limit did. The Anthropic dialect tells ``stop_sequence`` from ``end_turn`` by it.
+    """
 
     message: AnswerMessage
     finish_reason: FinishReason
     index: int = 0
     logprobs: None = None
+    stop_reason: str | UnsetType = UNSET
 
 
 class ChatCompletion(msgspec.Struct, frozen=True):
@@ -221,12 +226,13 @@ class Delta(msgspec.Struct, frozen=True, omit_defaults=True):
 
 
 class ChunkChoice(msgspec.Struct, frozen=True):
-    """The one choice of a chunk."""
+    """The one choice of a chunk; ``stop_reason`` as in Choice."""
 
     delta: Delta
     finish_reason: FinishReason | None = None
     index: int = 0
     logprobs: None = None
+    stop_reason: str | UnsetType = UNSET
 
 
 class ChatCompletionChunk(msgspec.Struct, frozen=True):
@@ -260,13 +266,13 @@ class Completion(msgspec.Struct, frozen=True):
     usage: Usage | UnsetType | None = UNSET
 
 
-class ModelEntry(msgspec.Struct, frozen=True, omit_defaults=True):
+class ModelEntry(msgspec.Struct, frozen=True):
     """One model of ``GET /v1/models``; unknown limits are left out, absent is not zero."""
 
     id: str
     created: int
     owned_by: str
-    object: Literal["model"] | UnsetType = "model"
+    object: str = "model"
     loaded: bool | UnsetType = UNSET
     locations: list[dict[str, Any]] | UnsetType = UNSET
     context_length: int | UnsetType = UNSET

@@ -61,6 +61,14 @@ class TokenRecord(NamedTuple):
     spare: int = 0
 
 
+class RingFull(TimeoutError):
+    """The ring stayed full; the first ``published`` records of the call are in it all the same."""
+
+    def __init__(self, published: int) -> None:
+        super().__init__("the consumer of the token ring does not read")
+        self.published = published
+
+
 class TokenRing:
     """The shared memory and its two counters; made by the supervisor, sent to the child."""
 
@@ -90,12 +98,12 @@ class TokenProducer:
     def publish(self, records: list[TokenRecord], timeout_seconds: float | None = None) -> None:
         """Write a step's records and wake the consumer; more than the capacity go in parts.
 
-        Raise TimeoutError where the ring stays full for *timeout_seconds*; what was published
-        before stays published.
+        Raise RingFull, which says how many got in, where it stays full for *timeout_seconds*.
         """
         at = 0
         while at < len(records):
-            self._take_freed(timeout_seconds)
+            if not self._has_room(timeout_seconds):
+                raise RingFull(at)
             part = min(self._room, len(records) - at)
             self._write(records[at : at + part])
             self._room -= part
@@ -113,14 +121,14 @@ class TokenProducer:
             slot = (slot + 1) % capacity
         self._slot = slot
 
-    def _take_freed(self, timeout_seconds: float | None) -> None:
+    def _has_room(self, timeout_seconds: float | None) -> bool:
         while True:
             with contextlib.suppress(BlockingIOError):  # nothing was freed since the last look
                 self._room += os.eventfd_read(self._ring.freed.fd)
             if self._room:
-                return
+                return True
             if not self._freed.poll(None if timeout_seconds is None else timeout_seconds * 1e3):
-                raise TimeoutError("the consumer of the token ring does not read")
+                return False
 
 
 class TokenConsumer:

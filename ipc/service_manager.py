@@ -18,7 +18,8 @@ def notify(state: str) -> bool:
         return False
     if address.startswith("@"):
         address = "\0" + address[1:]
-    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) as sender:
+    kind = socket.SOCK_DGRAM | socket.SOCK_CLOEXEC | socket.SOCK_NONBLOCK  # never the loop's brake
+    with socket.socket(socket.AF_UNIX, kind) as sender:
         try:
             sender.sendto(state.encode(), address)
         except OSError:

@@ -10,6 +10,7 @@ messages.
 from __future__ import annotations
 
 import contextlib
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ class Tap:
     """The publishing end; ``Tap(None)`` publishes nothing."""
 
     def __init__(self, directory: Path | None, process: str) -> None:
+        self.directory = directory
         self._process = process
         self._topics: set[bytes] = set()
         self._context: zmq.Context[zmq.Socket[bytes]] | None = None
@@ -61,27 +63,39 @@ class Tap:
             self._socket.send_multipart([topic.encode(), body], zmq.NOBLOCK)
 
     def close(self) -> None:
-        """Unbind; closing twice is not an error."""
-        if self._context is not None:
+        """Unbind, and take the socket's file away; closing twice is not an error."""
+        if self._context is not None and self.directory is not None:
             self._context.destroy(linger=0)
             self._context = None
+            socket_path(self.directory, self._process).unlink(missing_ok=True)
 
 
 def listen(directory: Path, topics: list[str]) -> Iterator[tuple[str, dict[str, Any]]]:
     """Yield ``(topic, message)`` of every process of the neuron, for ever; blocks.
 
     Processes that start later are not seen: their sockets are found once, at the start. Raise
-    FileNotFoundError where no neuron has bound a tap in *directory*.
+    FileNotFoundError where no neuron publishes in *directory*; files that a killed one left behind
+    do not count.
     """
-    paths = sorted(directory.glob("*.tap"))
+    paths = [path for path in sorted(directory.glob("*.tap")) if _is_bound(path)]
     if not paths:
         raise FileNotFoundError(f"no neuron publishes in {directory}")
-    with zmq.Context(io_threads=1) as context, context.socket(zmq.SUB) as socket:
-        socket.linger = 0
+    with zmq.Context(io_threads=1) as context, context.socket(zmq.SUB) as subscriber:
+        subscriber.linger = 0
         for path in paths:
-            socket.connect(f"ipc://{path}")
+            subscriber.connect(f"ipc://{path}")
         for topic in topics or [""]:
-            socket.subscribe(topic)
+            subscriber.subscribe(topic)
         while True:
-            frames = socket.recv_multipart()
+            frames = subscriber.recv_multipart()
             yield frames[0].decode(), msgspec.json.decode(frames[1])
+
+
+def _is_bound(path: Path) -> bool:
+    """Whether a process listens at the Unix socket *path*."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(str(path))
+        except OSError:
+            return False
+    return True

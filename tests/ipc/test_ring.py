@@ -9,7 +9,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from cortex.ipc.ring import RECORD, TokenConsumer, TokenProducer, TokenRing
+from cortex.ipc.ring import RECORD, RingFull, TokenConsumer, TokenProducer, TokenRing
 from ring_child import produce, record
 
 
@@ -53,8 +53,9 @@ def test_a_full_ring_makes_the_producer_wait_and_then_give_up_in_words() -> None
 def test_a_producer_that_gave_up_goes_on_where_it_was() -> None:
     ring = TokenRing(capacity=4)
     producer, consumer = TokenProducer(ring), TokenConsumer(ring)
-    with pytest.raises(TimeoutError):
+    with pytest.raises(RingFull) as full:
         producer.publish([record(n) for n in range(5)], timeout_seconds=0.0)
+    assert full.value.published == 4
     consumer.take()
 
     producer.publish([record(4)], timeout_seconds=0.0)

@@ -1,5 +1,6 @@
 """The debug tap says what happens to whoever asks, and costs nothing where nobody does."""
 
+import socket
 import threading
 from pathlib import Path
 
@@ -88,3 +89,17 @@ def test_a_message_is_json_that_any_tool_can_read(tmp_path: Path) -> None:
 
     assert msgspec.json.decode(msgspec.json.encode(message)) == message
     tap.close()
+
+
+def test_a_file_that_a_killed_neuron_left_behind_is_not_a_tap(tmp_path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as left_behind:
+        left_behind.bind(str(tmp_path / "supervisor.tap"))
+
+    with pytest.raises(FileNotFoundError, match="no neuron publishes"):
+        next(listen(tmp_path, []))
+
+
+def test_a_closed_tap_leaves_no_file(tmp_path: Path) -> None:
+    Tap(tmp_path, "supervisor").close()
+
+    assert list(tmp_path.iterdir()) == []
