@@ -25,7 +25,7 @@ def test_what_another_process_puts_in_comes_out_once_and_in_order() -> None:
     ring = TokenRing(capacity=64)
     consumer = TokenConsumer(ring)
     steps = [1, 63, 64, 65, 200, 7] * 50
-    child = multiprocessing.get_context("forkserver").Process(target=produce, args=(ring, steps))
+    child = multiprocessing.get_context("spawn").Process(target=produce, args=(ring, steps))
     child.start()
 
     received: list[int] = []

@@ -1,0 +1,210 @@
+"""The header of a GGUF file: metadata and where each tensor lies; no weights are read.
+
+    "GGUF"  version u32  tensor count u64  entry count u64      little endian throughout
+    entries:  key string  value type u32  value
+    tensors:  name string  dimensions u32  sizes u64, innermost first  type u32  offset u64
+    padding to ``general.alignment``, then the tensors' data, at offsets counted from here
+
+A string is a u64 length and UTF-8; an array is an element type u32, a u64 count and its elements.
+Source: docs/gguf.md of ggml-org/ggml. A header is not trusted: every length is compared with what
+the file still holds before anything of that length is read. Files are read, not mapped, so one
+that shrinks under our hands is an error here and not a SIGBUS.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+from array import array
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+from cortex.models.checkpoints.errors import CheckpointError
+from cortex.models.checkpoints.tensors import GGUF_TYPES, TensorInfo, check_layout, stored_bytes
+
+MAX_STRING_BYTES = 1 << 26
+MAX_ARRAY_ELEMENTS = 1 << 24
+MAX_ENTRIES = 1 << 16
+MAX_TENSORS = 1 << 17
+MAX_DIMENSIONS = 4
+MAX_TENSOR_BYTES = 1 << 62
+
+STRING, ARRAY, BOOL = 8, 9, 7
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 10: "Q", 11: "q", 12: "d"}
+"""Value type to its format character, the same for ``struct`` and (on Linux) ``array``."""
+
+MIN_ENTRY_BYTES = 8 + 4 + 1
+MIN_TENSOR_BYTES = 8 + 4 + 4 + 8
+
+
+@dataclass(frozen=True, slots=True)
+class GGUFFile:
+    """The parsed header of one GGUF file."""
+
+    path: Path
+    metadata: dict[str, Any]
+    tensors: dict[str, TensorInfo]
+
+    @classmethod
+    def open(cls, path: Path) -> GGUFFile:
+        """Read the header; raises CheckpointError."""
+        with _in_words(path), path.open("rb", buffering=1 << 20) as file:
+            header = _Header(file)
+            tensor_count, entry_count = header.counts()
+            metadata = header.metadata(entry_count)
+            tensors = header.tensors(tensor_count, _alignment(metadata))
+            return cls(path, metadata, tensors)
+
+
+@contextmanager
+def _in_words(path: Path) -> Iterator[None]:
+    """Name the file in whatever is wrong with it."""
+    try:
+        yield
+    except CheckpointError as exc:
+        raise CheckpointError(f"{path}: {exc}") from None
+    except OSError as exc:
+        raise CheckpointError(f"{path}: cannot be read: {exc.strerror or exc}") from exc
+
+
+class _Header:
+    """Reads a header front to back and never asks for more than the file holds."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self.file = file
+        self.file_bytes = os.fstat(file.fileno()).st_size
+        self.left = self.file_bytes
+
+    def take(self, count: int, what: str) -> bytes:
+        """Read *count* bytes, which are *what*."""
+        if count > self.left:
+            raise CheckpointError(
+                f"{what} needs {count} bytes at byte {self.file_bytes - self.left}, but the file "
+                f"has only {self.left} more: it is truncated or damaged"
+            )
+        data = self.file.read(count)
+        if len(data) != count:
+            raise CheckpointError(f"the file shrank while {what} was read")
+        self.left -= count
+        return data
+
+    def number(self, code: str, what: str) -> Any:
+        return struct.unpack("<" + code, self.take(struct.calcsize("<" + code), what))[0]
+
+    def string(self, what: str) -> str:
+        length = self.number("Q", what)
+        if length > MAX_STRING_BYTES:
+            raise CheckpointError(f"{what} claims to be {length} bytes long")
+        try:
+            return self.take(length, what).decode()
+        except UnicodeDecodeError as exc:
+            raise CheckpointError(f"{what} is not UTF-8: {exc.reason}") from None
+
+    def counts(self) -> tuple[int, int]:
+        """How many tensors and how many metadata entries follow."""
+        magic = self.take(4, "the magic number")
+        if magic != b"GGUF":
+            raise CheckpointError(f"not a GGUF file: it begins with {magic!r}")
+        version = self.number("I", "the version")
+        if version in (0x02000000, 0x03000000):
+            raise CheckpointError("a big-endian GGUF file; only little-endian ones are read")
+        if version not in (2, 3):
+            raise CheckpointError(f"GGUF version {version} is not supported; 2 and 3 are")
+        tensors, entries = self.number("Q", "the counts"), self.number("Q", "the counts")
+        self._check_count(tensors, MAX_TENSORS, MIN_TENSOR_BYTES, "tensors")
+        self._check_count(entries, MAX_ENTRIES, MIN_ENTRY_BYTES, "metadata entries")
+        return tensors, entries
+
+    def _check_count(self, count: int, limit: int, least_bytes: int, what: str) -> None:
+        if count > limit:
+            raise CheckpointError(f"claims {count} {what}, more than the {limit} we read")
+        if count * least_bytes > self.left:
+            raise CheckpointError(f"claims {count} {what}, but has only {self.left} more bytes")
+
+    def metadata(self, count: int) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for _ in range(count):
+            key = self.string("a metadata key")
+            if key in found:
+                raise CheckpointError(f"metadata key {key!r} appears twice")
+            found[key] = self._value(self.number("I", f"metadata {key!r}"), f"metadata {key!r}")
+        return found
+
+    def _value(self, kind: int, what: str) -> Any:
+        if kind == STRING:
+            return self.string(what)
+        if kind == ARRAY:
+            return self._array(what)
+        if kind == BOOL:
+            return self._booleans(1, what)[0]
+        if kind in SCALARS:
+            return self.number(SCALARS[kind], what)
+        raise CheckpointError(f"{what} has the unknown value type {kind}")
+
+    def _array(self, what: str) -> list[Any]:
+        kind, count = self.number("I", what), self.number("Q", what)
+        if kind == ARRAY:
+            raise CheckpointError(f"{what} is an array of arrays, which is not supported")
+        if kind not in (STRING, BOOL) and kind not in SCALARS:
+            raise CheckpointError(f"{what} is an array of the unknown value type {kind}")
+        least = 8 if kind == STRING else struct.calcsize(SCALARS.get(kind, "B"))
+        self._check_count(count, MAX_ARRAY_ELEMENTS, least, f"elements in {what}")
+        if kind == STRING:
+            return [self.string(what) for _ in range(count)]
+        if kind == BOOL:
+            return self._booleans(count, what)
+        values = array(SCALARS[kind])
+        values.frombytes(self.take(count * values.itemsize, what))
+        return values.tolist()
+
+    def _booleans(self, count: int, what: str) -> list[bool]:
+        data = self.take(count, what)
+        if data.strip(b"\0\1"):
+            raise CheckpointError(f"{what} holds a boolean that is neither 0 nor 1")
+        return [byte == 1 for byte in data]
+
+    def tensors(self, count: int, alignment: int) -> dict[str, TensorInfo]:
+        """Read the table of tensors, which ends the header."""
+        found: dict[str, TensorInfo] = {}
+        for _ in range(count):
+            tensor = self._tensor(alignment)
+            if tensor.name in found:
+                raise CheckpointError(f"tensor {tensor.name!r} appears twice")
+            found[tensor.name] = tensor
+        start = -(-(self.file_bytes - self.left) // alignment) * alignment
+        placed = {
+            name: TensorInfo(name, info.shape, info.type, start + info.offset, info.nbytes)
+            for name, info in found.items()
+        }
+        check_layout(placed.values(), self.file_bytes)
+        return placed
+
+    def _tensor(self, alignment: int) -> TensorInfo:
+        """One row of the table; its offset still counts from the start of the data."""
+        name = self.string("a tensor's name")
+        what = f"tensor {name!r}"
+        dimensions = self.number("I", what)
+        if dimensions > MAX_DIMENSIONS:
+            raise CheckpointError(f"{what} has {dimensions} dimensions, more than {MAX_DIMENSIONS}")
+        sizes = [self.number("Q", what) for _ in range(dimensions)]
+        number, offset = self.number("I", what), self.number("Q", what)
+        if number not in GGUF_TYPES:
+            raise CheckpointError(f"{what} is of the unknown type number {number}")
+        if offset % alignment:
+            raise CheckpointError(f"{what} lies at {offset}, which is not aligned to {alignment}")
+        shape = tuple(reversed(sizes))
+        nbytes = stored_bytes(name, shape, GGUF_TYPES[number])
+        if nbytes > MAX_TENSOR_BYTES:
+            raise CheckpointError(f"{what} of shape {shape} is absurdly large")
+        return TensorInfo(name, shape, GGUF_TYPES[number].name, offset, nbytes)
+
+
+def _alignment(metadata: dict[str, Any]) -> int:
+    alignment = metadata.get("general.alignment", 32)
+    is_power_of_two = type(alignment) is int and alignment > 0 and alignment.bit_count() == 1
+    if not is_power_of_two:
+        raise CheckpointError(f"general.alignment is {alignment!r}, which is no power of two")
+    return int(alignment)

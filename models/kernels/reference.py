@@ -1,0 +1,130 @@
+"""Every operation in plain torch, on any device and dtype: what the fused kernels are held to.
+
+Serves where no kernel does: on GPUs, in 16-bit floats, and on a CPU without a C compiler. Unlike
+the C kernels it unpacks a whole matrix for every product, and torch may sum a row in another
+order when the number of rows changes; so a sequence's logits are equal only to rounding in another
+batch or chunking. Shapes as in ``models.batch``; M rows, N outputs, K inputs of a projection.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from cortex.models.batch import Batch
+from cortex.models.quantization import DENSE, Part
+
+
+def dequantize(kind: str, data: Tensor) -> Tensor:
+    """Unpack uint8 [M, bytes of a row] to float32 [M, K]."""
+    if kind in DENSE:
+        return data.view(DENSE[kind]).float()
+    return UNPACK[kind](data).flatten(1)
+
+
+def rows(part: Part, ids: Tensor) -> Tensor:
+    """Unpack rows *ids* [T] to float32 [T, K]; raises IndexError."""
+    return dequantize(part.kind, part.data.index_select(0, ids))
+
+
+def _q4_0(data: Tensor) -> Tensor:
+    blocks = data.reshape(data.size(0), -1, 18)
+    return (_nibbles(blocks[..., 2:]) - 8.0) * _half(blocks, 0)
+
+
+def _q4_1(data: Tensor) -> Tensor:
+    blocks = data.reshape(data.size(0), -1, 20)
+    return _nibbles(blocks[..., 4:]) * _half(blocks, 0) + _half(blocks, 2)
+
+
+def _q8_0(data: Tensor) -> Tensor:
+    blocks = data.reshape(data.size(0), -1, 34)
+    return blocks[..., 2:].contiguous().view(torch.int8).float() * _half(blocks, 0)
+
+
+def _nibbles(quants: Tensor) -> Tensor:
+    """[M, blocks, 16] bytes to [M, blocks, 32] float32 from 0 to 15."""
+    return torch.cat((quants & 15, quants >> 4), dim=-1).float()
+
+
+def _half(blocks: Tensor, offset: int) -> Tensor:
+    """Return the float16 at a byte offset of every block, as float32 [M, blocks, 1]."""
+    return blocks[..., offset : offset + 2].contiguous().view(torch.float16).float()
+
+
+UNPACK: dict[str, Callable[[Tensor], Tensor]] = {"Q4_0": _q4_0, "Q4_1": _q4_1, "Q8_0": _q8_0}
+
+
+def linear(x: Tensor, parts: Sequence[Part]) -> Tensor:
+    """X [M, K] times the transpose of the stacked parts [N, K] -> [M, N]."""
+    return torch.cat([F.linear(x, _weights(part, x.dtype)) for part in parts], dim=-1)
+
+
+def _weights(part: Part, dtype: torch.dtype) -> Tensor:
+    if DENSE.get(part.kind) == dtype:
+        return part.data.view(dtype)
+    return dequantize(part.kind, part.data).to(dtype)
+
+
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """[M, K] -> [M, K]; computed in float32, returned in the dtype of *x*."""
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
+    return (weight * (wide * scale)).to(x.dtype)
+
+
+def silu_multiply(gate_up: Tensor) -> Tensor:
+    """[M, 2 K] -> [M, K]: silu of the first half times the second."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up
+
+
+def rotation(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, float32 [T, D / 2] each."""
+    angles = positions[:, None].float() * frequencies
+    return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """[T, heads, D] -> [T, heads, D], halves convention; the arithmetic is float32."""
+    cosines, sines = cosines[:, None], sines[:, None]  # [T, 1, D / 2]
+    first, second = x.float().chunk(2, dim=-1)
+    rotated = (first * cosines - second * sines, second * cosines + first * sines)
+    return torch.cat(rotated, dim=-1).to(x.dtype)
+
+
+def store(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
+    """Write k and v [T, K, D] to their slots of one layer's cache."""
+    keys.flatten(0, 1)[slots] = k
+    values.flatten(0, 1)[slots] = v
+
+
+def attention(q: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: float) -> Tensor:
+    """Q [T, N, D] against one layer's cache -> [T, N, D], one sequence after the other."""
+    out = torch.empty_like(q)
+    starts, contexts = batch.query_starts.tolist(), batch.context_tokens.tolist()
+    for index, context in enumerate(contexts):
+        tokens = slice(starts[index], starts[index + 1])
+        blocks = batch.block_tables[index, : -(-context // batch.cache.block_tokens)]
+        out[tokens] = _attend(
+            q[tokens],
+            keys[blocks].flatten(0, 1)[:context],
+            values[blocks].flatten(0, 1)[:context],
+            scale,
+        )
+    return out
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, scale: float) -> Tensor:
+    """The last q.size(0) positions of one sequence, [T, N, D], against all of it, [C, K, D]."""
+    tokens, context = q.size(0), k.size(0)
+    column = torch.arange(context, device=q.device)
+    visible = column <= torch.arange(context - tokens, context, device=q.device)[:, None]  # [T, C]
+    q, k, v = (x.transpose(0, 1)[None] for x in (q, k, v))  # [1, heads, tokens, D]
+    out = F.scaled_dot_product_attention(
+        q, k, v, attn_mask=visible, scale=scale, enable_gqa=q.size(1) != k.size(1)
+    )
+    return out[0].transpose(0, 1)

@@ -1,0 +1,287 @@
+"""One face for GGUF files and directories: configuration, sizes, what is supported."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import pytest
+
+from cortex.models.checkpoints.checkpoint import Checkpoint
+from cortex.models.checkpoints.config import config_of, generation_config_of
+from cortex.models.checkpoints.errors import CheckpointError
+from cortex.models.checkpoints.gguf import GGUFFile
+from cortex.models.checkpoints.names import is_derived, parameter_name
+from cortex.models.checkpoints.sizes import kv_bytes_per_token
+from cortex.models.checkpoints.tensors import TensorInfo
+from cortex.models.llama import LlamaConfig
+from tiny_models import random_llama, saved_llama, write_gguf
+
+METADATA: dict[str, Any] = {
+    "general.architecture": "llama",
+    "llama.embedding_length": 64,
+    "llama.feed_forward_length": 96,
+    "llama.block_count": 3,
+    "llama.attention.head_count": 4,
+    "llama.context_length": 512,
+    "llama.attention.layer_norm_rms_epsilon": 1e-5,
+    "llama.vocab_size": 100,
+}
+
+
+def config(metadata: dict[str, Any], *tensors: str) -> dict[str, Any]:
+    infos = {name: TensorInfo(name, (7, 64), "F32", 0, 0) for name in tensors}
+    return config_of(GGUFFile(Path("a.gguf"), {**METADATA, **metadata}, infos))
+
+
+def test_a_gguf_file_has_the_configuration_it_was_converted_from(tmp_path: Path) -> None:
+    model = random_llama(tie_word_embeddings=True, head_dim=32, rms_norm_eps=2.0**-17)
+    write_gguf(tmp_path / "tiny.gguf", model, "F32")
+    model.save_pretrained(tmp_path / "dense")
+
+    ours = LlamaConfig.from_json(Checkpoint.open(tmp_path / "tiny.gguf").config)
+
+    assert ours == LlamaConfig.from_json(Checkpoint.open(tmp_path / "dense").config)
+
+
+def test_a_file_without_an_output_matrix_is_tied() -> None:
+    assert config({})["tie_word_embeddings"] is True
+    assert config({}, "output.weight")["tie_word_embeddings"] is False
+
+
+def test_the_vocabulary_is_as_large_as_the_embedding() -> None:
+    assert config({}, "token_embd.weight")["vocab_size"] == 7
+
+
+def test_without_an_embedding_the_vocabulary_is_what_the_metadata_says() -> None:
+    words = {"llama.vocab_size": None, "tokenizer.ggml.tokens": ["a", "b"]}
+
+    assert config({})["vocab_size"] == 100
+    assert config(words)["vocab_size"] == 2
+
+
+@pytest.mark.parametrize("name", [key for key in METADATA if key != "llama.vocab_size"])
+def test_a_key_that_is_missing_is_named(name: str) -> None:
+    with pytest.raises(CheckpointError, match=f"a.gguf: {name} is missing"):
+        config({name: None})
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        ("llama.block_count", 0),
+        ("llama.block_count", 2.5),
+        ("llama.block_count", True),
+        ("llama.attention.head_count_kv", [1, 2, 3]),
+        ("llama.rope.freq_base", "1e4"),
+        ("llama.rope.freq_base", float("nan")),
+    ],
+)
+def test_a_value_that_is_no_size_is_named(key: str, value: Any) -> None:
+    with pytest.raises(CheckpointError, match=rf"{key} is .*, not a positive"):
+        config({key: value})
+
+
+@pytest.mark.parametrize(
+    ("metadata", "tensors", "says"),
+    [
+        ({"llama.rope.scaling.type": "yarn"}, (), "yarn"),
+        ({}, ("rope_freqs.weight",), "llama3"),
+        ({"llama.expert_count": 8}, (), "num_local_experts"),
+        ({"llama.attention.sliding_window": 4096}, (), "sliding_window"),
+        ({"llama.attention.key_length": 16, "llama.attention.value_length": 8}, (), "v_head_dim"),
+        ({"llama.rope.dimension_count": 8}, (), "partial_rotary_factor"),
+        ({}, ("blk.0.attn_q.bias",), "attention_bias"),
+        ({}, ("blk.0.ffn_down.bias",), "mlp_bias"),
+    ],
+)
+def test_a_variant_a_gguf_file_can_say_reaches_the_one_who_refuses_it(
+    metadata: dict[str, Any], tensors: tuple[str, ...], says: str
+) -> None:
+    with pytest.raises(ValueError, match=says):
+        LlamaConfig.from_json(config(metadata, *tensors))
+
+
+def test_scaling_of_type_none_is_no_scaling() -> None:
+    assert LlamaConfig.from_json(config({"llama.rope.scaling.type": "none"})).head_dim == 16
+
+
+def test_of_another_architecture_only_the_name_is_known() -> None:
+    assert config({"general.architecture": "mamba"}) == {"model_type": "mamba"}
+
+
+def test_generation_ends_at_every_end_token_a_gguf_file_names() -> None:
+    metadata = {
+        "tokenizer.ggml.eos_token_id": 2,
+        "tokenizer.ggml.eot_token_id": 5,
+        "tokenizer.ggml.eom_token_id": 2,
+        "tokenizer.ggml.bos_token_id": 1,
+        "tokenizer.ggml.padding_token_id": 0,
+        "general.sampling.temp": 0.5,
+        "general.sampling.top_k": 40,
+    }
+
+    assert generation_config_of(metadata) == {
+        "temperature": 0.5,
+        "top_k": 40,
+        "eos_token_id": [2, 5],
+        "bos_token_id": 1,
+        "pad_token_id": 0,
+    }
+
+
+def test_a_file_that_says_nothing_of_generation_has_no_defaults() -> None:
+    assert generation_config_of({}) == {}
+
+
+def test_a_directory_is_read_with_its_generation_config(tmp_path: Path) -> None:
+    saved_llama(tmp_path)
+    (tmp_path / "generation_config.json").write_text('{"eos_token_id": [1, 2]}')
+
+    checkpoint = Checkpoint.open(tmp_path)
+
+    assert checkpoint.format == "safetensors"
+    assert checkpoint.quant is None
+    assert checkpoint.generation_config == {"eos_token_id": [1, 2]}
+    assert checkpoint.config["model_type"] == "llama"
+
+
+def test_a_directory_may_have_no_generation_config(tmp_path: Path) -> None:
+    saved_llama(tmp_path)
+    (tmp_path / "generation_config.json").unlink()
+
+    assert Checkpoint.open(tmp_path).generation_config == {}
+
+
+def test_the_quant_of_a_gguf_file_is_that_of_most_bytes(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", random_llama(), "Q4_1")
+
+    checkpoint = Checkpoint.open(tmp_path / "tiny.gguf")
+
+    assert (checkpoint.format, checkpoint.quant) == ("gguf", "Q4_1")
+    data = gguf.GGUFReader(tmp_path / "tiny.gguf").tensors
+    assert checkpoint.weights_bytes == sum(tensor.n_bytes for tensor in data)
+
+
+def test_a_gguf_file_without_tensors_has_no_quant(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "mamba")
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.close()
+
+    assert Checkpoint.open(tmp_path / "a.gguf").quant is None
+
+
+@pytest.mark.parametrize(
+    ("files", "says"),
+    [
+        ([], "neither model.safetensors nor a GGUF file"),
+        (["b.gguf", "a.gguf"], "name one of them, e.g. a.gguf"),
+        (["model.safetensors.index.json"], "several safetensors files"),
+    ],
+)
+def test_a_directory_without_weights_says_what_it_has(
+    tmp_path: Path, files: list[str], says: str
+) -> None:
+    for name in files:
+        (tmp_path / name).touch()
+
+    with pytest.raises(CheckpointError, match=says):
+        Checkpoint.open(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        (None, "cannot be read: No such file"),
+        ("{", "not valid JSON"),
+        ("[]", "not a JSON object"),
+        ('{"a": 1, "a": 2}', "has the key 'a' twice"),
+        (" " * (1 << 24) + "{}", "larger than"),
+    ],
+)
+def test_a_damaged_config_json_is_refused_in_words(
+    tmp_path: Path, content: str | None, says: str
+) -> None:
+    saved_llama(tmp_path)
+    (tmp_path / "config.json").unlink()
+    if content is not None:
+        (tmp_path / "config.json").write_text(content)
+
+    with pytest.raises(CheckpointError, match=rf"config.json.*{says}"):
+        Checkpoint.open(tmp_path)
+
+
+def test_what_is_supported_passes_the_check(tmp_path: Path) -> None:
+    saved_llama(tmp_path)
+
+    Checkpoint.open(tmp_path).check_supported()
+
+
+def test_another_model_type_does_not_pass_the_check(tmp_path: Path) -> None:
+    saved_llama(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
+
+    with pytest.raises(CheckpointError, match="'mamba' is not supported; supported: llama"):
+        Checkpoint.open(tmp_path).check_supported()
+
+
+def test_a_quantisation_without_kernels_does_not_pass_the_check(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
+    writer.add_tensor(
+        "output.weight", np.zeros((1, 144), np.uint8), raw_dtype=gguf.GGMLQuantizationType.Q4_K
+    )
+    for key, value in METADATA.items():
+        if isinstance(value, int):
+            writer.add_uint32(key, value)
+    writer.add_layer_norm_rms_eps(1e-5)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    with pytest.raises(CheckpointError, match=r"'output.weight' is stored as Q4_K"):
+        Checkpoint.open(tmp_path / "a.gguf").check_supported()
+
+
+@pytest.mark.parametrize(
+    ("name", "ours"),
+    [
+        ("token_embd.weight", "embed_tokens.weight"),
+        ("blk.12.ffn_gate.weight", "layers.12.mlp.gate_proj.weight"),
+        ("blk.0.attn_q.bias", "layers.0.self_attn.q_proj.bias"),
+        ("blk.0.unheard_of.weight", "blk.0.unheard_of.weight"),
+    ],
+)
+def test_gguf_names_become_ours(name: str, ours: str) -> None:
+    assert parameter_name(name, "gguf") == ours
+
+
+def test_safetensors_names_lose_their_prefix() -> None:
+    assert parameter_name("model.norm.weight", "safetensors") == "norm.weight"
+    assert parameter_name("lm_head.weight", "safetensors") == "lm_head.weight"
+
+
+def test_only_frequencies_are_derived() -> None:
+    assert is_derived("model.layers.3.self_attn.rotary_emb.inv_freq")
+    assert not is_derived("model.norm.weight")
+
+
+def test_kv_bytes_count_both_sides_of_every_layer() -> None:
+    sizes = {"num_hidden_layers": 3, "num_key_value_heads": 2, "head_dim": 16}
+
+    assert kv_bytes_per_token(sizes, dtype_bytes=4) == 2 * 3 * 2 * 16 * 4
+
+
+def test_kv_bytes_know_what_config_json_may_leave_out() -> None:
+    sizes = {"num_hidden_layers": 3, "num_attention_heads": 4, "hidden_size": 64}
+
+    assert kv_bytes_per_token(sizes, dtype_bytes=2) == 2 * 3 * 4 * 16 * 2
+
+
+def test_kv_bytes_of_a_configuration_without_sizes_are_refused() -> None:
+    with pytest.raises(CheckpointError, match="num_attention_heads is None"):
+        kv_bytes_per_token({}, dtype_bytes=4)

@@ -1,0 +1,231 @@
+"""Tiny random llama checkpoints, their reference logits, and a player that feeds ours."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from cortex.models.batch import Batch
+from cortex.models.weights import LoadedModel, load_model
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 100,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "tie_word_embeddings": False,
+}
+
+GGUF_NAMES = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+GGUF_LAYER_NAMES = {
+    "input_layernorm": "attn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+
+def random_llama(**overrides: Any) -> Any:
+    """Build transformers' llama with random weights, wide enough to tell a wrong one."""
+    torch.manual_seed(7)
+    model: Any = LlamaForCausalLM(LlamaConfig(**{**SIZES, **overrides}))
+    model = model.eval().float()
+    for name, weight in model.named_parameters():
+        torch.nn.init.normal_(weight, mean=float("norm" in name), std=0.15)
+    return model
+
+
+def saved_llama(directory: Path, **overrides: Any) -> Any:
+    """Build one and save it as safetensors into *directory*."""
+    model = random_llama(**overrides)
+    model.save_pretrained(directory)
+    return model
+
+
+def write_gguf(path: Path, model: Any, kind: str, **extra: Any) -> None:
+    """Write transformers' *model* as llama.cpp's converter does, and make it hold what was stored.
+
+    Matrices become *kind*; *model* gets them back dequantised, so that it stays the reference.
+    """
+    config = model.config
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    for key, value in extra.items():
+        writer.add_uint32(key.replace("__", "."), value)
+    for name, weight in model.state_dict().items():
+        if name == "lm_head.weight" and config.tie_word_embeddings:
+            continue
+        _add(writer, name, weight, kind, config)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+def llama_from_gguf(path: Path) -> Any:
+    """Build transformers' float32 model of a llama GGUF file, by the gguf library's reading alone.
+
+    The same as ``from_pretrained(gguf_file=...)``, which needs the accelerate package.
+    """
+    reader = gguf.GGUFReader(path)
+
+    def field(name: str) -> Any:
+        return reader.fields[f"llama.{name}"].contents()
+
+    tensors = {tensor.name: tensor for tensor in reader.tensors}
+    config = LlamaConfig(
+        vocab_size=int(tensors["token_embd.weight"].shape[1]),
+        hidden_size=field("embedding_length"),
+        intermediate_size=field("feed_forward_length"),
+        num_hidden_layers=field("block_count"),
+        num_attention_heads=field("attention.head_count"),
+        num_key_value_heads=field("attention.head_count_kv"),
+        max_position_embeddings=field("context_length"),
+        rms_norm_eps=field("attention.layer_norm_rms_epsilon"),
+        rope_parameters={"rope_type": "default", "rope_theta": field("rope.freq_base")},
+        tie_word_embeddings="output.weight" not in tensors,
+    )
+    model: Any = LlamaForCausalLM(config)
+    model = model.eval().float()
+    for name, weight in model.state_dict().items():
+        if gguf_name(name) in tensors:
+            tensor = tensors[gguf_name(name)]
+            values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
+            weight.copy_(torch.from_numpy(_halves(np.array(values), _heads(name, config))))
+    return model
+
+
+def gguf_name(name: str) -> str:
+    """Return llama.cpp's name of a transformers parameter."""
+    if name in GGUF_NAMES:
+        return GGUF_NAMES[name]
+    _, _, layer, *middle, _ = name.split(".")
+    return f"blk.{layer}.{GGUF_LAYER_NAMES['.'.join(middle)]}.weight"
+
+
+def _add(writer: Any, name: str, weight: Tensor, kind: str, config: Any) -> None:
+    """Add one tensor, and give *weight* the values that were stored."""
+    heads = _heads(name, config)
+    values = _pairs(weight.numpy(), heads)
+    if values.ndim == 1:
+        writer.add_tensor(gguf_name(name), values)
+        return
+    stored_type = gguf.GGMLQuantizationType[kind]
+    stored = gguf.quants.quantize(np.ascontiguousarray(values), stored_type)
+    writer.add_tensor(gguf_name(name), stored, raw_dtype=stored_type)
+    values = _halves(gguf.quants.dequantize(stored, stored_type), heads)
+    weight.copy_(torch.from_numpy(values))
+
+
+def _heads(name: str, config: Any) -> int | None:
+    """How many heads' rows a GGUF file reorders in this parameter; None for none."""
+    heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+    return next((count for word, count in heads.items() if word in name), None)
+
+
+def _pairs(values: Any, heads: int | None) -> Any:
+    """Order rows in rotary pairs: what llama.cpp's convert_hf_to_gguf.py calls permute."""
+    if heads is None:
+        return values
+    return values.reshape(heads, 2, -1, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
+
+
+def _halves(values: Any, heads: int | None) -> Any:
+    """Order rows in rotary halves, the inverse."""
+    if heads is not None:
+        values = values.reshape(heads, -1, 2, values.shape[1]).swapaxes(1, 2).reshape(values.shape)
+    return np.ascontiguousarray(values)
+
+
+def loaded(path: Path, *, dtype: str = "auto") -> LoadedModel:
+    """Load *path* on the CPU."""
+    return load_model(path, device=torch.device("cpu"), dtype=dtype, on_progress=lambda *_: None)
+
+
+def some_tokens(count: int, seed: int = 0) -> list[int]:
+    """Token ids of a tiny model's vocabulary."""
+    return random.Random(seed).choices(range(SIZES["vocab_size"]), k=count)
+
+
+@torch.no_grad()
+def reference_logits(model: Any, tokens: Sequence[int]) -> Tensor:
+    """Logits [T, V] of transformers' model."""
+    logits: Tensor = model(torch.tensor([list(tokens)])).logits[0]
+    return logits
+
+
+class Player:
+    """Feeds sequences to a model as the engine does, over deliberately scattered blocks."""
+
+    def __init__(self, model: LoadedModel, blocks: int = 64, block_tokens: int = 4) -> None:
+        self.model = model
+        self.cache = model.new_cache(blocks, block_tokens)
+        self.free = list(range(blocks))
+        random.Random(1).shuffle(self.free)
+        self.tables: dict[str, list[int]] = {}
+        self.lengths: dict[str, int] = {}
+
+    @torch.inference_mode()
+    def step(self, **chunks: Sequence[int]) -> dict[str, Tensor]:
+        """Feed each named sequence its next tokens; return logits [its tokens, V] of each."""
+        batch = self.batch(chunks)
+        logits: Tensor = self.model.module(batch)
+        sizes = [len(tokens) for tokens in chunks.values()]
+        return dict(zip(chunks, torch.split(logits, sizes), strict=True))
+
+    def batch(self, chunks: dict[str, Sequence[int]]) -> Batch:
+        """Build the batch, taking the blocks it needs."""
+        positions, slots, starts = list[int](), list[int](), [0]
+        for name, tokens in chunks.items():
+            begin = self.lengths.get(name, 0)
+            self.lengths[name] = begin + len(tokens)
+            positions += range(begin, begin + len(tokens))
+            slots += [self._slot(name, p) for p in range(begin, begin + len(tokens))]
+            starts.append(len(positions))
+        width = max(len(self.tables[name]) for name in chunks)
+        tables = [self.tables[name] + [0] * (width - len(self.tables[name])) for name in chunks]
+        return Batch(
+            token_ids=torch.tensor([token for tokens in chunks.values() for token in tokens]),
+            positions=torch.tensor(positions),
+            slots=torch.tensor(slots),
+            query_starts=torch.tensor(starts, dtype=torch.int32),
+            context_tokens=torch.tensor([self.lengths[n] for n in chunks], dtype=torch.int32),
+            block_tables=torch.tensor(tables, dtype=torch.int32),
+            sampled=torch.arange(len(positions)),
+            cache=self.cache,
+        )
+
+    def _slot(self, name: str, position: int) -> int:
+        size = self.cache.block_tokens
+        table = self.tables.setdefault(name, [])
+        if position // size == len(table):
+            table.append(self.free.pop())
+        return table[position // size] * size + position % size
