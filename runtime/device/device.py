@@ -1,0 +1,302 @@
+"""The device process's loop: commands in, steps of every model, records and events out.
+
+One thread does it all, in turns: take every command that waits, install what the loader finished,
+let the next model that has work (round robin) make one step, publish its records with one write
+and send its failures after them. So a command takes effect between two steps, and a load, which
+has a thread of its own, never holds one up. With nothing to do it sleeps in the channel.
+
+A full ring holds the steps back. It is waited for in slices of 0.1 s, between which commands are
+still read (and kept for later), so that a Shutdown gets through: what the ring cannot take is then
+dropped.
+
+A frame that is not a command is answered with Failed(protocol_error) and otherwise ignored: Hello
+has settled that both speak one version, so it is a bug in one message, and the streams of others
+are worth more than the purity of the channel.
+"""
+
+from __future__ import annotations
+
+import time
+from collections import deque
+from collections.abc import Callable
+from typing import Protocol
+
+import structlog
+import torch
+
+from cortex.ipc.errors import ProtocolError
+from cortex.ipc.messages import (
+    Bye,
+    Cancel,
+    Command,
+    Event,
+    Failed,
+    Generate,
+    LoadModel,
+    LoadProgress,
+    MemoryReport,
+    ModelUnloaded,
+    Ping,
+    Pong,
+    QueryMemory,
+    Shutdown,
+    UnloadModel,
+)
+from cortex.ipc.ring import RingFull, TokenRecord
+from cortex.ipc.taps import Tap
+from cortex.runtime.device.cuda import open_device, reclaim, wait_for_stream
+from cortex.runtime.device.engine import Engine, StepReport
+from cortex.runtime.device.faults import is_device_fault
+from cortex.runtime.device.loader import Loaded, Loader, LoadFailed
+from cortex.runtime.device.memory import DeviceMemory, refuse_bad_load
+from cortex.runtime.device.refusal import DeviceLost, Refused
+
+EXIT_OK = 0
+EXIT_INTERNAL_ERROR = 70
+"""A bug in the loop itself (EX_SOFTWARE)."""
+EXIT_DEVICE_LOST = 71
+"""The device's context is broken, or could not be made (EX_OSERR)."""
+
+RING_WAIT_SECONDS = 0.1
+_log = structlog.get_logger()
+
+
+class Channel(Protocol):
+    """``cortex.ipc.channel.DeviceEnd``."""
+
+    def send(self, event: Event) -> None:
+        """Send *event*."""
+
+    def receive_waiting(self) -> Command | None:
+        """Return the next command that has arrived, or None; raise ProtocolError."""
+
+    def wait(self, timeout_seconds: float | None, *also: int) -> None:
+        """Return when a command has arrived, a descriptor is readable, or in time."""
+
+
+class Producer(Protocol):
+    """``cortex.ipc.ring.TokenProducer``."""
+
+    def publish(self, records: list[TokenRecord], timeout_seconds: float | None = None) -> None:
+        """Write *records*; raise RingFull."""
+
+
+class Device:
+    """The models of one device and the only thread that steps them."""
+
+    def __init__(
+        self,
+        device: torch.device,
+        *,
+        channel: Channel,
+        producer: Producer,
+        loader: Loader,
+        memory: DeviceMemory,
+        tap: Tap,
+        clock: Callable[[], float] = time.perf_counter,
+    ) -> None:
+        self._device = device
+        self._channel = channel
+        self._producer = producer
+        self._loader = loader
+        self._memory = memory
+        self._tap = tap
+        self._clock = clock
+        self._engines: dict[str, Engine] = {}
+        self._turns: deque[Engine] = deque()
+        self._loading: set[str] = set()
+        self._commands: deque[Command] = deque()
+        self._records: list[TokenRecord] = []
+        self._is_stopping = False
+
+    def serve(self) -> int:
+        """Work until Shutdown, or until the device is lost; return the exit code."""
+        try:
+            open_device(self._device)
+            while not self._is_stopping:
+                self.turn()
+        except Exception as exc:  # noqa: BLE001 - the supervisor is told of every end
+            _log.exception("device process gives up")
+            return self._give_up(exc)
+        return EXIT_OK
+
+    def turn(self) -> None:
+        """Obey what waits, make at most one step, report it; sleep if there is nothing to do."""
+        self._read_commands()
+        while self._commands and not self._is_stopping:
+            self._obey(self._commands.popleft())
+        self._install_loaded()
+        self._publish()
+        engine = self._next_engine()
+        if engine is not None:
+            self._step(engine)
+        elif not (self._commands or self._is_stopping):
+            self._channel.wait(None, self._loader.fd)
+
+    def _give_up(self, error: Exception) -> int:
+        """Say what was fatal, and return the exit code that says it too."""
+        if isinstance(error, DeviceLost) or is_device_fault(error):
+            self._channel.send(Failed(code="device_lost", detail=str(error), fatal=True))
+            return EXIT_DEVICE_LOST
+        detail = f"a bug in the device process: {type(error).__name__}"
+        self._channel.send(Failed(code="internal_error", detail=detail, fatal=True))
+        return EXIT_INTERNAL_ERROR
+
+    def _read_commands(self) -> None:
+        while True:
+            try:
+                command = self._channel.receive_waiting()
+            except ProtocolError as exc:
+                self._channel.send(Failed(code="protocol_error", detail=str(exc)))
+                continue
+            if command is None:
+                return
+            self._commands.append(command)
+
+    def _obey(self, command: Command) -> None:
+        try:
+            self._act(command)
+        except Refused as exc:
+            self._channel.send(_refusal(command, exc))
+
+    def _act(self, command: Command) -> None:
+        match command:
+            case Ping():
+                self._channel.send(Pong(command.command_id))
+            case QueryMemory():
+                self._channel.send(self._memory_report(command.command_id))
+            case LoadModel():
+                self._load(command)
+            case UnloadModel():
+                self._unload(command)
+            case Generate():
+                self._generate(command)
+            case Cancel():
+                self._cancel(command.sequence_id)
+            case Shutdown():
+                self._shut_down(command)
+
+    def _load(self, command: LoadModel) -> None:
+        refuse_bad_load(command)
+        if command.model in self._engines:
+            raise Refused("already_loaded", f"{command.model} is loaded already")
+        if command.model in self._loading:
+            raise Refused("already_loading", f"{command.model} is being loaded already")
+        self._loading.add(command.model)
+        self._loader.start(command)
+
+    def _unload(self, command: UnloadModel) -> None:
+        if command.model in self._loading:
+            raise Refused("model_loading", f"{command.model} is still being loaded")
+        engine = self._engine(command.model)
+        self._records += engine.cancel_all()
+        self._publish()
+        wait_for_stream(self._device)
+        self._turns.remove(engine)
+        del self._engines[command.model], engine
+        reclaim(self._device)
+        self._memory.release(command.model)
+        self._channel.send(ModelUnloaded(command.command_id, command.model))
+
+    def _generate(self, command: Generate) -> None:
+        if any(command.sequence_id in engine for engine in self._turns):
+            raise Refused("duplicate_sequence", f"sequence {command.sequence_id} is running")
+        self._engine(command.model).start(command)
+
+    def _cancel(self, sequence_id: int) -> None:
+        for engine in self._turns:
+            self._records += engine.cancel(sequence_id)
+
+    def _shut_down(self, command: Shutdown) -> None:
+        self._is_stopping = True
+        for engine in self._turns:
+            self._records += engine.cancel_all()
+        self._publish()
+        wait_for_stream(self._device)
+        self._engines.clear()
+        self._turns.clear()
+        reclaim(self._device)
+        self._channel.send(Bye(command.command_id))
+
+    def _engine(self, model: str) -> Engine:
+        if model not in self._engines:
+            raise Refused("model_not_loaded", f"{model} is not loaded on this device")
+        return self._engines[model]
+
+    def _memory_report(self, command_id: int) -> MemoryReport:
+        return MemoryReport(
+            command_id=command_id,
+            total_bytes=self._memory.total_bytes,
+            free_bytes=self._memory.free_bytes(),
+            models=self._memory.held,
+        )
+
+    def _install_loaded(self) -> None:
+        """Take over what the loader finished, and tell what became of the rest."""
+        for outcome in self._loader.take():
+            match outcome:
+                case DeviceLost():
+                    raise outcome
+                case Loaded():
+                    self._install(outcome)
+                case LoadFailed():
+                    self._loading.discard(outcome.model)
+                    self._channel.send(outcome.event)
+                case LoadProgress():
+                    self._channel.send(outcome)
+
+    def _install(self, loaded: Loaded) -> None:
+        engine = loaded.engine
+        self._loading.discard(engine.model)
+        self._engines[engine.model] = engine
+        self._turns.append(engine)
+        self._channel.send(loaded.event)
+
+    def _next_engine(self) -> Engine | None:
+        """Return the model whose turn it is, among those that have work."""
+        for _ in range(len(self._turns)):
+            self._turns.rotate(-1)
+            if self._turns[-1].has_work:
+                return self._turns[-1]
+        return None
+
+    def _step(self, engine: Engine) -> None:
+        began = self._clock()
+        report = engine.step()
+        self._records += report.records
+        self._publish()
+        for failure in report.failures:
+            self._channel.send(failure)
+        if self._tap.wants("step"):
+            self._tap.publish("step", _as_seen(engine.model, report, self._clock() - began))
+
+    def _publish(self) -> None:
+        """Write the records that wait; a full ring is waited for until a Shutdown arrives."""
+        records, self._records = self._records, []
+        while records:
+            try:
+                self._producer.publish(records, RING_WAIT_SECONDS)
+            except RingFull as full:
+                records = records[full.published :]
+                self._read_commands()
+                if self._is_stopping or any(isinstance(c, Shutdown) for c in self._commands):
+                    return
+            else:
+                return
+
+
+def _refusal(command: Command, refused: Refused) -> Failed:
+    """A Failed that names a sequence ends it, so one about an id in use must not."""
+    sequence_id = command.sequence_id if isinstance(command, Generate) else None
+    if refused.code == "duplicate_sequence":
+        sequence_id = None
+    return Failed(refused.code, str(refused), command.command_id, sequence_id)
+
+
+def _as_seen(model: str, report: StepReport, seconds: float) -> dict[str, object]:
+    return {
+        "model": model,
+        "tokens": report.tokens,
+        "sequences": report.sequences,
+        "seconds": seconds,
+    }

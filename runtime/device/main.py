@@ -1,0 +1,97 @@
+"""Entry of a device process: say Hello, work until told to stop, exit with a code that says why.
+
+    0    Shutdown was answered with Bye
+    70   a bug in the loop; Failed(internal_error, fatal) was sent
+    71   the device's context is broken or could not be made; Failed(device_lost, fatal) was sent
+
+The process has been forked from a fork server that has imported this module: importing it must not
+run any torch operation. Its ties to its parents, signals and title are ``cortex.runtime``'s.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from cortex.ipc.channel import DeviceEnd
+from cortex.ipc.log import configure_logging
+from cortex.ipc.messages import PROTOCOL_VERSION, Hello
+from cortex.ipc.ring import TokenProducer, TokenRing
+from cortex.ipc.taps import Tap
+from cortex.models.weights import load_model
+from cortex.runtime.device.cuda import measured_free_bytes, torch_device
+from cortex.runtime.device.device import Device
+from cortex.runtime.device.loader import Loader, LoadFunction
+from cortex.runtime.device.memory import DeviceMemory
+
+
+def main(  # noqa: PLR0917 - the fork passes them by position
+    device_name: str,
+    memory_bytes: int,
+    threads: int | None,
+    address: str,
+    ring: TokenRing,
+    tap_directory: Path | None,
+    preloaded: bool,
+    server_threads: int,
+    log_level: str = "info",
+) -> None:
+    """Be the process of *device_name*; returns after a Shutdown, else exits with 70 or 71.
+
+    *memory_bytes* is the device's budget for weights, caches and workspaces, *address* where the
+    supervisor's end of the channel is bound. ``threads=None`` leaves torch's own choice.
+    """
+    configure_logging("device", log_level, device=device_name)
+    if threads is not None:
+        torch.set_num_threads(threads)
+    with DeviceEnd(address) as channel:
+        channel.send(_hello(device_name, preloaded, server_threads))
+        code = serve(
+            device_name,
+            memory_bytes,
+            channel=channel,
+            producer=TokenProducer(ring),
+            tap_directory=tap_directory,
+            load_model=load_model,
+        )
+    if code:
+        sys.exit(code)
+
+
+def serve(
+    device_name: str,
+    memory_bytes: int,
+    *,
+    channel: DeviceEnd,
+    producer: TokenProducer,
+    tap_directory: Path | None,
+    load_model: LoadFunction,
+) -> int:
+    """Put the parts together, run the loop, and return the exit code."""
+    device = torch_device(device_name)
+    memory = DeviceMemory(memory_bytes, partial(measured_free_bytes, device))
+    tap = Tap(tap_directory, device_name)
+    loader = Loader(load_model, device, memory)
+    try:
+        return Device(
+            device, channel=channel, producer=producer, loader=loader, memory=memory, tap=tap
+        ).serve()
+    finally:
+        loader.close()
+        tap.close()
+
+
+def _hello(device_name: str, preloaded: bool, server_threads: int) -> Hello:
+    return Hello(
+        protocol=PROTOCOL_VERSION,
+        device=device_name,
+        pid=os.getpid(),
+        preloaded=preloaded,
+        server_threads=server_threads,
+        torch_version=str(torch.__version__),
+        cuda_version=torch.version.cuda,
+    )

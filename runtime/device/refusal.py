@@ -1,0 +1,42 @@
+"""What a device process says no to, and by which code.
+
+code                          says no to   because
+model_not_loaded              any          the device does not hold the model
+model_loading                 unload       the load is still running
+already_loaded                load         the device holds the model
+already_loading               load         a load of it is running or queued
+insufficient_memory           load         the budget cannot hold it; the numbers are in the text
+context_too_long              load         max_context_tokens is beyond what the model can
+invalid_limits                load         a limit below one
+unknown_dtype                 load         not one of those that LoadModel lists
+bad_checkpoint                load         the files are not what they should be
+load_failed                   load         anything else; a bug, whose traceback is in the log
+duplicate_sequence            generate     the id is in use (names the command only)
+empty_prompt                  generate
+token_out_of_range            generate     an id that the vocabulary does not have
+invalid_sampling              generate     a parameter out of range
+context_length_exceeded       generate     no room in the context for one more token
+prompt_too_long_for_memory    generate     fits the context, can never fit the KV cache
+unhealthy_logits              a sequence   its logits had a NaN or an infinity
+out_of_memory                 a sequence   the youngest of a step that ran out of memory
+step_failed                   a sequence   was in a step that failed otherwise
+protocol_error                a frame      is not a command; nothing else is touched
+device_lost                   everything   fatal: the device's context cannot be used any more
+internal_error                everything   fatal: a bug in the device process's own loop
+"""
+
+from __future__ import annotations
+
+from cortex.ipc.errors import CortexError
+
+
+class Refused(CortexError):
+    """A command that cannot be carried out; becomes ``Failed`` with this code and text."""
+
+    def __init__(self, code: str, detail: str) -> None:
+        super().__init__(detail)
+        self.code = code
+
+
+class DeviceLost(CortexError):
+    """The device's context is broken: only a new process can use the device again."""

@@ -1,0 +1,97 @@
+"""The next token of every row of logits. A row's token depends on that row alone.
+
+temperature 0: the largest logit, the lowest id among equals. Else the usual chain: divide by the
+temperature, keep the ``top_k`` largest, keep the nucleus of ``top_p`` (Holtzman et al.,
+arXiv:1904.09751; with the token that crosses the mark), then invert the cumulative distribution,
+in order of token ids, at one uniform number per (seed, position).
+
+Probabilities are turned into whole numbers, in units of 2**-40 of the likeliest token's, before
+anything is summed. Sums of whole numbers do not depend on the order of summation, so one row or
+forty, this device or another, a tree or a loop: the same token.
+
+Shapes: R rows, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from cortex.ipc.messages import SamplingParams
+from cortex.runtime.device.philox import uniform
+
+_UNIT = 2.0**40  # 2**18 tokens of the likeliest one's weight still sum to less than 2**63
+_ROWS_AT_ONCE = 8
+_BYTES_PER_LOGIT = 96
+
+
+class Row(NamedTuple):
+    """How to choose from a row, and the position that the chosen token will have."""
+
+    sampling: SamplingParams
+    position: int
+
+
+def sampling_bytes(rows: int, vocab_size: int) -> int:
+    """Return a bound of the memory that ``sample`` takes beside the logits, and of the logits."""
+    return vocab_size * (rows * 8 + min(rows, _ROWS_AT_ONCE) * _BYTES_PER_LOGIT)
+
+
+@torch.inference_mode()
+def sample(logits: Tensor, rows: Sequence[Row]) -> list[int | None]:
+    """[R, V] -> R token ids; None for a row that has a NaN or an infinity in it."""
+    healthy = logits.isfinite().all(dim=-1)  # [R]
+    tokens = logits.argmax(dim=-1)  # [R]; the first of equals
+    drawn = [index for index, row in enumerate(rows) if row.sampling.temperature > 0]
+    for at in range(0, len(drawn), _ROWS_AT_ONCE):
+        part = drawn[at : at + _ROWS_AT_ONCE]
+        calm = logits[part].masked_fill(~healthy[part, None], 0.0)
+        tokens[part] = _draw(calm, [rows[index] for index in part])
+    chosen = torch.where(healthy, tokens, -1).tolist()  # the only wait for the device
+    return [token if token >= 0 else None for token in chosen]
+
+
+def _draw(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    """[R, V] -> [R]; all of *logits* are finite and all rows have a temperature."""
+    weights = _weights(logits, rows)
+    narrowed = [i for i, row in enumerate(rows) if _narrows(row.sampling, logits.shape[-1])]
+    if narrowed:
+        kept = _narrow(logits[narrowed], weights[narrowed], [rows[i] for i in narrowed])
+        weights[narrowed] = kept
+    cumulative = weights.cumsum(dim=-1)  # [R, V]
+    total = cumulative[:, -1:]  # [R, 1]
+    at = _column([uniform(row.sampling.seed, row.position) for row in rows], logits)
+    mark = (at * total).long().minimum(total - 1)  # the product may round up to the total
+    return torch.searchsorted(cumulative, mark, right=True)[:, 0]
+
+
+def _weights(logits: Tensor, rows: Sequence[Row]) -> Tensor:
+    """[R, V] -> [R, V] int64, in proportion to the probabilities; the largest is 2**40."""
+    temperature = _column([row.sampling.temperature for row in rows], logits)
+    exact = logits.double()
+    return ((exact - exact.amax(dim=-1, keepdim=True)) / temperature).exp().mul_(_UNIT).long()
+
+
+def _narrows(sampling: SamplingParams, vocab_size: int) -> bool:
+    return 0 < sampling.top_k < vocab_size or sampling.top_p < 1
+
+
+def _narrow(logits: Tensor, weights: Tensor, rows: Sequence[Row]) -> Tensor:
+    """Return *weights* with 0 for the tokens that top_k and then top_p leave out."""
+    vocab_size = logits.shape[-1]
+    order = logits.argsort(dim=-1, descending=True, stable=True)  # [R, V]; equals by id
+    ranked = weights.gather(-1, order)
+    rank = torch.arange(vocab_size, device=logits.device)
+    ranked.masked_fill_(rank >= _column([r.sampling.top_k or vocab_size for r in rows], logits), 0)
+    before = ranked.cumsum(dim=-1) - ranked
+    mark = _column([row.sampling.top_p for row in rows], logits) * ranked.sum(-1, keepdim=True)
+    ranked.masked_fill_(before >= mark, 0)
+    return torch.zeros_like(weights).scatter_(-1, order, ranked)
+
+
+def _column(values: Sequence[float], like: Tensor) -> Tensor:
+    """Return *values* as [R, 1] float64 on the device of *like*."""
+    return torch.tensor(values, dtype=torch.float64, device=like.device)[:, None]

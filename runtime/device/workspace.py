@@ -1,0 +1,130 @@
+"""How much memory a step needs beside weights and cache, measured on two small steps of the model.
+
+What is alive at once in a step is the largest of several places (attention, feed-forward, logits),
+each of which grows in proportion to the tokens of the step, or less, and with the context it
+attends to. So a step of few tokens, times what the largest has more of them, bounds the largest;
+and between a short and a long context, a straight line does.
+
+Only tensors of the measuring thread are counted, so that a load can be measured beside the steps of
+other models. What a kernel allocates inside itself is not seen.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cortex.ipc.messages import SamplingParams
+from cortex.runtime.device.model_runner import BLOCK_TOKENS, ModelRunner, ServableModel
+from cortex.runtime.device.scheduler import PlannedSequence, StepPlan
+
+_PROBE_TOKENS = 16
+_PROBE_CONTEXT_TOKENS = 4096  # a straight line from here on
+
+
+@dataclass(frozen=True, slots=True)
+class Workspace:
+    """Memory of a largest step: a part that does not depend on the context, and one that does."""
+
+    fixed_bytes: int
+    bytes_per_context_token: int
+
+    def at(self, context_tokens: int) -> int:
+        """Return the bytes for a sequence of *context_tokens*."""
+        return self.fixed_bytes + self.bytes_per_context_token * context_tokens
+
+
+class _LivingTensors(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's
+    """Counts the bytes of the tensors made in the block and alive at once; ``peak_bytes``."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call] # torch's
+        self.peak_bytes: int = 0
+        self._bytes = 0
+        self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Spare every device process the import of torch's compiler, 0.9 s and 75 MB."""
+        return False
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., Any],
+        _types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        for tensor in _tensors([args, kwargs]):  # what came from outside the block, weights say
+            self._count(tensor, 0)
+        result = func(*args, **(kwargs or {}))
+        for tensor in _tensors(result):
+            self._count(tensor, tensor.untyped_storage().nbytes())
+        return result
+
+    def _count(self, tensor: Tensor, size: int) -> None:
+        storage = tensor.untyped_storage()
+        key = storage._cdata  # noqa: SLF001 - a storage has no other name
+        if key in self._storages:
+            return
+
+        def gone(_: weakref.ref[torch.UntypedStorage]) -> None:
+            del self._storages[key]
+            self._bytes -= size
+
+        self._storages[key] = weakref.ref(storage, gone)
+        self._bytes += size
+        self.peak_bytes = max(self.peak_bytes, self._bytes)
+
+
+def peak_tensor_bytes(compute: Callable[[], object]) -> int:
+    """Return the most memory that tensors made by *compute* held at one time."""
+    living = _LivingTensors()
+    with living:
+        compute()
+    return living.peak_bytes
+
+
+def measure_workspace(
+    model: ServableModel, device: torch.device, token_budget: int, beside_bytes: int
+) -> Workspace:
+    """Run *model* on two small steps; *beside_bytes* is what sampling takes after a step."""
+    far = min(_PROBE_CONTEXT_TOKENS, model.max_position_embeddings)
+    near = min(_PROBE_TOKENS, far)
+    runner = ModelRunner(model, model.new_cache(1, BLOCK_TOKENS), device)
+    at_near, at_far = (_peak(runner, near, context) for context in (near, far))
+    growth = max(0, at_far - at_near) / max(1, far - near)
+    times = token_budget / near
+    return Workspace(
+        fixed_bytes=int(times * max(0, at_near - growth * near)) + beside_bytes,
+        bytes_per_context_token=int(times * growth),
+    )
+
+
+def _peak(runner: ModelRunner, tokens: int, context: int) -> int:
+    """Return the peak of a step of *tokens* at the end of *context*, all of it in block 0."""
+    step = PlannedSequence(
+        sequence_id=0,
+        token_ids=[0] * tokens,
+        first_position=context - tokens,
+        block_table=[0] * -(-context // BLOCK_TOKENS),
+        samples=True,
+        sampling=SamplingParams(temperature=0.0, max_tokens=1, seed=0),
+    )
+    return peak_tensor_bytes(lambda: runner.forward(StepPlan([step])))
+
+
+def _tensors(tree: Any) -> Iterable[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif isinstance(tree, Mapping):
+        yield from _tensors(list(tree.values()))
+    elif isinstance(tree, list | tuple):
+        for branch in tree:
+            yield from _tensors(branch)

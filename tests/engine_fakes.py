@@ -1,0 +1,294 @@
+"""A model that recalls what it was told, and a device process without the process.
+
+``RecallingModule`` computes the next token from every token and position of its sequence, *as it
+finds them in the paged cache*: a wrong block table, slot or position, or a chunk that was left out,
+changes what it says. ``next_token`` is the same arithmetic on a plain list.
+"""
+
+from __future__ import annotations
+
+import select
+import threading
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cortex.ipc.errors import ProtocolError
+from cortex.ipc.messages import (
+    Command,
+    Event,
+    Failed,
+    Generate,
+    LoadModel,
+    LoadProgress,
+    ModelLoaded,
+    SamplingParams,
+)
+from cortex.ipc.ring import Flag, TokenConsumer, TokenProducer, TokenRecord, TokenRing
+from cortex.ipc.taps import Tap
+from cortex.models.batch import Batch, KVCache
+from cortex.runtime.device.cuda import measured_free_bytes
+from cortex.runtime.device.device import Device
+from cortex.runtime.device.loader import Loader
+from cortex.runtime.device.memory import DeviceMemory
+from cortex.runtime.device.model_runner import ServableModel
+
+VOCABULARY = 97
+UNHEALTHY_TOKEN = 96
+"""A prompt that ends with it gets NaN for logits."""
+
+
+def next_token(tokens: list[int]) -> int:
+    """Return what the module says after *tokens*; never UNHEALTHY_TOKEN."""
+    return sum((token + 1) * (at + 1) for at, token in enumerate(tokens)) % UNHEALTHY_TOKEN
+
+
+def answer(prompt: list[int], tokens: int) -> list[int]:
+    """Return the greedy continuation of *prompt*."""
+    known = list(prompt)
+    for _ in range(tokens):
+        known.append(next_token(known))
+    return known[len(prompt) :]
+
+
+def greedy(max_tokens: int, stop_token_ids: tuple[int, ...] = ()) -> SamplingParams:
+    return SamplingParams(0.0, max_tokens, 0, stop_token_ids=stop_token_ids)
+
+
+class RecallingModule(nn.Module):
+    """See the file's docstring; ``errors`` are raised by the next steps, one each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.errors: list[BaseException] = []
+        self.steps = 0
+
+    def forward(self, batch: Batch) -> Tensor:
+        self.steps += 1
+        if self.errors:
+            raise self.errors.pop(0)
+        keys, values = batch.cache.keys[0].view(-1), batch.cache.values[0].view(-1)
+        keys[batch.slots] = batch.token_ids.float()
+        values[batch.slots] = batch.positions.float()
+        return torch.stack([self._row(batch, index) for index in batch.sampled.tolist()])
+
+    def _row(self, batch: Batch, index: int) -> Tensor:
+        sequence = int((batch.query_starts <= index).sum()) - 1
+        block_tokens = batch.cache.block_tokens
+        at = torch.arange(int(batch.context_tokens[sequence]), device=batch.slots.device)
+        slots = batch.block_tables[sequence, at // block_tokens] * block_tokens + at % block_tokens
+        tokens = batch.cache.keys[0].view(-1)[slots].long()
+        positions = batch.cache.values[0].view(-1)[slots].long()
+        if int(tokens[-1]) == UNHEALTHY_TOKEN:
+            return torch.full((VOCABULARY,), torch.nan, device=tokens.device)
+        said = int(((tokens + 1) * (positions + 1)).sum()) % UNHEALTHY_TOKEN
+        ids = torch.arange(VOCABULARY, device=tokens.device)
+        return -((ids - said) % VOCABULARY).float() * 0.1
+
+
+@dataclass
+class FakeModel:
+    """A loaded model around a RecallingModule: 8 bytes of cache per token."""
+
+    module: RecallingModule = field(default_factory=RecallingModule)
+    num_layers: int = 1
+    num_kv_heads: int = 1
+    head_dim: int = 1
+    kv_dtype: torch.dtype = torch.float32
+    vocab_size: int = VOCABULARY
+    max_position_embeddings: int = 2048
+    weights_bytes: int = 1000
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+
+    def new_cache(self, blocks: int, block_tokens: int) -> KVCache:
+        shape = (blocks, block_tokens, 1, 1)
+        keys, values = (torch.full(shape, -1.0, device=self.device) for _ in range(2))
+        return KVCache(keys=[keys], values=[values], block_tokens=block_tokens)
+
+
+class FakeLoad:
+    """``load_model``: gives out ``models`` by path, once ``may_finish`` is set."""
+
+    def __init__(self, **models: FakeModel) -> None:
+        self.models = {f"/{name}": model for name, model in models.items()}
+        self.errors: dict[str, Exception] = {}
+        self.progress: list[tuple[int, int]] = []
+        self.asked: list[tuple[str, str]] = []
+        self.started = threading.Event()
+        self.may_finish = threading.Event()
+        self.may_finish.set()
+
+    def __call__(
+        self,
+        path: Path,
+        *,
+        device: torch.device,
+        dtype: str,
+        on_progress: Callable[[int, int], None],
+    ) -> ServableModel:
+        self.asked.append((device.type, dtype))
+        self.started.set()
+        assert self.may_finish.wait(20.0), "the test never let the load finish"
+        for done, total in self.progress:
+            on_progress(done, total)
+        if str(path) in self.errors:
+            raise self.errors[str(path)]
+        return self.models[str(path)]
+
+
+class FakeChannel:
+    """The child's end of the channel: what the test puts in, and what came out.
+
+    Waiting ends also when the test has something to look at: an event, or records in the ring.
+    """
+
+    def __init__(self, ring: TokenRing) -> None:
+        self.commands: deque[Command | ProtocolError] = deque()
+        self.events: list[Event] = []
+        self._ring = ring
+        self._events_at_last_wait = 0
+
+    def send(self, event: Event) -> None:
+        self.events.append(event)
+
+    def receive_waiting(self) -> Command | None:
+        if not self.commands:
+            return None
+        command = self.commands.popleft()
+        if isinstance(command, ProtocolError):
+            raise command
+        return command
+
+    def wait(self, _timeout_seconds: float | None, *also: int) -> None:
+        before, self._events_at_last_wait = self._events_at_last_wait, len(self.events)
+        if not self.commands and len(self.events) == before:
+            readable = select.select([*also, self._ring.filled.fd], [], [], 20.0)[0]
+            assert readable, "asleep, and nothing will come"
+
+
+class DeviceBench:
+    """A Device with a real loader and a real ring, driven turn by turn by the test."""
+
+    def __init__(
+        self,
+        load: FakeLoad,
+        *,
+        memory_bytes: int = 2**24,
+        token_budget: int = 512,
+        ring_capacity: int = 1024,
+        device: str = "cpu",
+        tap: Tap | None = None,
+    ) -> None:
+        place = torch.device(device)
+        self.ring = TokenRing(ring_capacity)
+        self.channel = FakeChannel(self.ring)
+        self.consumer = TokenConsumer(self.ring)
+        self.memory = DeviceMemory(memory_bytes, lambda: measured_free_bytes(place))
+        self.loader = Loader(load, place, self.memory, token_budget=token_budget)
+        self.device = Device(
+            place,
+            channel=self.channel,
+            producer=TokenProducer(self.ring),
+            loader=self.loader,
+            memory=self.memory,
+            tap=tap or Tap(None, device),
+        )
+        self.records: list[TokenRecord] = []
+        self._last_command_id = 0
+
+    def close(self) -> None:
+        self.loader.close()
+        if self.loader._thread.is_alive():
+            self.loader._thread.join(20.0)
+        self.consumer.close()
+        self.ring.close()
+
+    def command_id(self) -> int:
+        self._last_command_id += 1
+        return self._last_command_id
+
+    def send(self, command: Command | ProtocolError) -> None:
+        self.channel.commands.append(command)
+
+    def ask(self, command: Command) -> Event:
+        """Send *command*, run until it is answered, and return the answer."""
+        self.send(command)
+        self.run_until(lambda: bool(self._answers(command.command_id)))
+        return self._answers(command.command_id)[0]
+
+    def load(self, model: str, **limits: int | None) -> Event:
+        """Load *model* and return the answer."""
+        return self.ask(LoadModel(self.command_id(), model, f"/{model}", "auto", **limits))
+
+    def generate(
+        self,
+        sequence_id: int,
+        prompt: list[int],
+        sampling: SamplingParams | None = None,
+        *,
+        model: str = "m",
+    ) -> None:
+        sampling = sampling or greedy(8)
+        self.send(Generate(self.command_id(), sequence_id, model, prompt, sampling))
+
+    def turn(self) -> None:
+        self.device.turn()
+        self.records += self.consumer.take()
+
+    def run_until(self, condition: Callable[[], bool]) -> None:
+        for _ in range(20_000):
+            if condition():
+                return
+            self.turn()
+        raise AssertionError("it never came to that")
+
+    def run_until_ended(self, *sequence_ids: int) -> None:
+        self.run_until(lambda: all(self.has_ended(number) for number in sequence_ids))
+
+    def has_ended(self, sequence_id: int) -> bool:
+        return bool(self.finish(sequence_id)) or sequence_id in self.failures()
+
+    def tokens(self, sequence_id: int) -> list[int]:
+        """Return the tokens published so far."""
+        of_it = [record for record in self.records if record.sequence_id == sequence_id]
+        return [record.token_id for record in of_it if record.flags & Flag.TOKEN]
+
+    def finish(self, sequence_id: int) -> Flag:
+        """Return how the sequence finished; no flags where it has not."""
+        flags = [Flag(record.flags) for record in self.records if record.sequence_id == sequence_id]
+        finishes = [flag & Flag.FINISH for flag in flags if flag & Flag.FINISH]
+        assert len(finishes) <= 1, "a sequence finishes once"
+        assert not finishes or flags[-1] & Flag.FINISH, "nothing comes after a finish"
+        return finishes[0] if finishes else Flag(0)
+
+    def failures(self) -> dict[int, str]:
+        """Return the codes of the sequences that failed."""
+        return {
+            event.sequence_id: event.code
+            for event in self.channel.events
+            if isinstance(event, Failed) and event.sequence_id is not None
+        }
+
+    def _answers(self, command_id: int) -> list[Event]:
+        return [
+            event
+            for event in self.channel.events
+            if getattr(event, "command_id", None) == command_id
+            and not isinstance(event, LoadProgress)
+        ]
+
+
+def loaded(event: Event) -> ModelLoaded:
+    """Return *event*, which says that a model was loaded."""
+    assert isinstance(event, ModelLoaded), event
+    return event
+
+
+def code_of(event: Event) -> str:
+    """Return the code of *event*, which says that something failed."""
+    assert isinstance(event, Failed), event
+    return event.code

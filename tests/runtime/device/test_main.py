@@ -1,0 +1,145 @@
+"""A whole device process says Hello, works over the real channel and ring, exits in order."""
+
+import asyncio
+import contextlib
+import multiprocessing
+import select
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from multiprocessing.context import ForkServerProcess
+from pathlib import Path
+
+import pytest
+import zmq
+import zmq.asyncio
+
+from cortex.ipc.channel import SupervisorEnd
+from cortex.ipc.messages import (
+    PROTOCOL_VERSION,
+    Bye,
+    Command,
+    Event,
+    Failed,
+    Generate,
+    Hello,
+    LoadModel,
+    ModelLoaded,
+    Ping,
+    Pong,
+    Shutdown,
+)
+from cortex.ipc.ring import Flag, TokenConsumer, TokenRing
+from cortex.ipc.taps import listen, socket_path
+from device_child import run
+from engine_fakes import answer, greedy
+
+
+class Life:
+    """One device process and both ways to it."""
+
+    def __init__(self, channel: SupervisorEnd, ring: TokenRing, process: ForkServerProcess) -> None:
+        self._channel = channel
+        self._consumer = TokenConsumer(ring)
+        self.process = process
+
+    async def send(self, *commands: Command) -> None:
+        for command in commands:
+            await self._channel.send(command)
+
+    async def receive(self) -> Event:
+        async with asyncio.timeout(60):
+            return await self._channel.receive()
+
+    def tokens_until_finished(self) -> list[int]:
+        tokens: list[int] = []
+        while True:
+            assert select.select([self._consumer], [], [], 20.0)[0], "no tokens come"
+            for record in self._consumer.take():
+                tokens.append(record.token_id)
+                if record.flags & Flag.FINISH:
+                    return tokens
+
+    def exit_code(self) -> int | None:
+        self.process.join(30.0)
+        return self.process.exitcode
+
+    def close(self) -> None:
+        self._consumer.close()
+
+
+Start = Callable[[str], contextlib.AbstractAsyncContextManager[Life]]
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Start:
+    @asynccontextmanager
+    async def start(device_name: str) -> AsyncIterator[Life]:
+        with zmq.asyncio.Context() as context:
+            channel, ring = SupervisorEnd(context), TokenRing(1024)
+            process = multiprocessing.get_context("forkserver").Process(
+                target=run,
+                args=(device_name, channel.address, ring, tmp_path),
+                kwargs={"preloaded": True, "server_threads": 1},
+            )
+            process.start()
+            life = Life(channel, ring, process)
+            try:
+                yield life
+            finally:
+                process.kill()
+                process.join(20.0)
+                life.close()
+                ring.close()
+                channel.close()
+
+    return start
+
+
+async def test_it_says_hello_loads_answers_and_exits_with_zero(start: Start) -> None:
+    async with start("cpu:1") as life:
+        hello = await life.receive()
+        assert isinstance(hello, Hello)
+        assert (hello.protocol, hello.device, hello.pid) == (
+            PROTOCOL_VERSION,
+            "cpu:1",
+            life.process.pid,
+        )
+        assert (hello.preloaded, hello.server_threads) == (True, 1)
+
+        await life.send(LoadModel(1, "m", "/m"))
+        assert isinstance(await life.receive(), ModelLoaded)
+        await life.send(Generate(2, 7, "m", [1, 2, 3], greedy(8)), Ping(3))
+
+        assert life.tokens_until_finished() == answer([1, 2, 3], 8)
+        assert await life.receive() == Pong(3)
+        await life.send(Shutdown(4))
+        assert await life.receive() == Bye(4)
+        assert life.exit_code() == 0
+
+
+async def test_a_device_that_is_not_there_says_so_and_exits_with_71(start: Start) -> None:
+    async with start("cuda:99") as life:
+        assert isinstance(await life.receive(), Hello)
+
+        failed = await life.receive()
+
+        assert isinstance(failed, Failed)
+        assert (failed.code, failed.fatal) == ("device_lost", True)
+        assert life.exit_code() == 71
+
+
+async def test_its_steps_can_be_tapped(start: Start, tmp_path: Path) -> None:
+    async with start("cpu:0") as life:
+        await life.receive()
+        await life.send(LoadModel(1, "m", "/m"))
+        await life.receive()
+        assert socket_path(tmp_path, "cpu:0").exists()
+        seen = listen(tmp_path, ["step"])
+
+        # Long enough for the subscription to arrive while it runs.
+        await life.send(Generate(2, 7, "m", [1], greedy(2000)))
+        topic, message = await asyncio.to_thread(next, seen)
+
+        assert topic == "step"
+        assert message["process"] == "cpu:0"
+        assert (message["message"]["model"], message["message"]["sequences"]) == ("m", 1)

@@ -1,0 +1,74 @@
+"""What a step needs is measured on small ones and holds for large ones."""
+
+import subprocess
+import sys
+
+import torch
+from torch import Tensor
+
+from cortex.models.batch import Batch
+from cortex.runtime.device.workspace import measure_workspace, peak_tensor_bytes
+from engine_fakes import FakeModel, RecallingModule
+
+KIB = 1024
+
+
+def test_tensors_alive_at_once_are_added_up() -> None:
+    def compute() -> Tensor:
+        first = torch.zeros(KIB, dtype=torch.uint8)
+        return torch.cat([first, first])
+
+    assert peak_tensor_bytes(compute) == 3 * KIB
+
+
+def test_a_tensor_that_is_gone_does_not_count_with_the_next() -> None:
+    def compute() -> None:
+        for _ in range(5):
+            torch.zeros(KIB, dtype=torch.uint8)
+
+    assert peak_tensor_bytes(compute) == KIB
+
+
+def test_views_and_what_was_there_before_cost_nothing() -> None:
+    weights = torch.zeros(64, 64)
+
+    assert peak_tensor_bytes(lambda: weights.t()[3:].unsqueeze(0).add_(1)) == 0
+
+
+def test_every_tensor_of_a_result_with_many_counts() -> None:
+    assert peak_tensor_bytes(lambda: torch.zeros(8, dtype=torch.uint8).sort()) == 8 + 8 + 8 * 8
+
+
+class Square(RecallingModule):
+    """Takes a byte for every token and position that the token looks at, and 7 per token."""
+
+    def forward(self, batch: Batch) -> Tensor:
+        tokens, context = len(batch.token_ids), int(batch.context_tokens.max())
+        attention = torch.zeros(tokens, context, dtype=torch.uint8)
+        hidden = torch.zeros(tokens, 7, dtype=torch.uint8)
+        return attention[:1, :1].float() + hidden[:1, :1]
+
+
+def test_a_large_step_is_what_the_small_ones_foretell() -> None:
+    model = FakeModel(Square(), max_position_embeddings=2048)
+
+    workspace = measure_workspace(model, torch.device("cpu"), token_budget=512, beside_bytes=10_000)
+
+    true = 512 * 2048 + 512 * 7 + 10_000
+    assert true <= workspace.at(2048) < true + 200_000  # the batch's own tensors are in it
+
+
+def test_a_model_made_for_very_few_tokens_can_be_measured() -> None:
+    model = FakeModel(max_position_embeddings=2)
+
+    assert measure_workspace(model, torch.device("cpu"), 512, 100).at(2) > 100
+
+
+def test_measuring_does_not_import_the_compiler_of_torch() -> None:
+    code = """
+import sys, torch
+from cortex.runtime.device.workspace import peak_tensor_bytes
+sys.exit(peak_tensor_bytes(lambda: torch.ones(8) + 1) != 64 or "torch._dynamo" in sys.modules)
+"""
+
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
