@@ -1,0 +1,94 @@
+"""Who a request comes from.
+
+A key comes as ``Authorization: Bearer`` or ``x-api-key``. Where keys are optional, a missing or
+unknown one is nobody's: clients send placeholders. Where they are required it is a 401.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import structlog
+from aiohttp import web
+from aiohttp.typedefs import Handler, Middleware
+
+from cortex.gateway.catalogue import Catalogue
+from cortex.gateway.config import Entitlements, Key
+from cortex.ipc.errors import InvalidApiKey, ModelNotAllowed
+
+PUBLIC = frozenset({("GET", "/"), ("HEAD", "/"), ("HEAD", "/api/hello"), ("GET", "/health")})
+log = structlog.get_logger()
+
+
+@dataclass(frozen=True)
+class Principal:
+    """Somebody: a key's id, and the models it may use (None: all). Nobody has no id."""
+
+    key_id: str | None = None
+    models: frozenset[str] | None = None
+
+    def may_use(self, model: str, catalogue: Catalogue) -> bool:
+        """Whether the model with this resolved id is allowed; keys may be written with aliases."""
+        return self.models is None or model in {
+            catalogue.target(allowed).id for allowed in self.models
+        }
+
+    def check_may_use(self, model: str, catalogue: Catalogue) -> None:
+        """Raise ModelNotAllowed unless it may."""
+        if not self.may_use(model, catalogue):
+            raise ModelNotAllowed(f"the key {self.key_id!r} may not use {model!r}", param="model")
+
+
+NOBODY = Principal()
+_KEY = web.RequestKey("principal", Principal)
+
+
+class Keys:
+    """The keys of the configuration, by digest, so that a look-up tells nothing by its time."""
+
+    def __init__(self, keys: Iterable[Key]) -> None:
+        self._principals = {_digest(key.key): _principal(key) for key in keys}
+
+    def principal(self, key: str | None) -> Principal | None:
+        """Return whose *key* is, or None."""
+        return None if key is None else self._principals.get(_digest(key))
+
+
+def _digest(key: str) -> bytes:
+    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
+
+
+def _principal(key: Key) -> Principal:
+    return Principal(key.id, None if key.models is None else frozenset(key.models))
+
+
+def key_in(request: web.Request) -> str | None:
+    """Return the key that *request* carries."""
+    scheme, _, credentials = request.headers.get("Authorization", "").partition(" ")
+    if scheme.lower() == "bearer" and credentials.strip():
+        return credentials.strip()
+    return request.headers.get("x-api-key")
+
+
+def principal_of(request: web.Request) -> Principal:
+    """Return who ``authenticating`` found."""
+    return request[_KEY]
+
+
+def authenticating(entitlements: Entitlements) -> Middleware:
+    """Return the middleware that finds out who it is, and where keys are due lets no others in."""
+    keys = Keys(entitlements.keys)
+
+    @web.middleware
+    async def authenticate(request: web.Request, handler: Handler) -> web.StreamResponse:
+        principal = keys.principal(key_in(request))
+        is_public = (request.method, request.path) in PUBLIC
+        if principal is None and entitlements.require_auth and not is_public:
+            log.info("request without a valid key", path=request.path)
+            raise InvalidApiKey("a valid key is needed: Authorization: Bearer, or x-api-key")
+        request[_KEY] = principal or NOBODY
+        return await handler(request)
+
+    return authenticate

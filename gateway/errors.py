@@ -1,0 +1,129 @@
+"""Failures become HTTP here, and nowhere else.
+
+Raise the specific ``cortex.ipc.errors.ApiError`` where it is known; ``errors_in_dialect`` renders
+it in the envelope of the dialect that the client speaks. What nobody foresaw is a 500 whose text is
+logged, not shown. ``x-cortex-source`` tells whether the gateway or a node refused.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Self
+
+import structlog
+from aiohttp import web
+from aiohttp.typedefs import Handler
+
+from cortex.gateway.dialects.anthropic import ANTHROPIC
+from cortex.gateway.dialects.dialect import Dialect
+from cortex.gateway.dialects.openai import OPENAI
+from cortex.gateway.request_id import id_of
+from cortex.ipc import errors as ipc_errors
+from cortex.ipc.errors import (
+    ApiError,
+    BodyTooLarge,
+    InternalError,
+    InvalidRequest,
+    MethodNotAllowed,
+    RouteNotFound,
+)
+from cortex.ipc.node_api import MAX_BODY_BYTES
+
+HEADER_SOURCE = "x-cortex-source"
+BUG = "internal error; the log of the gateway has it by the id of this request"
+log = structlog.get_logger()
+
+STATUS_OF_CODE = {
+    kind.code: kind.status
+    for kind in vars(ipc_errors).values()
+    if isinstance(kind, type) and issubclass(kind, ApiError)
+}
+
+
+class Relayed(ApiError):
+    """What a node refused with: status, code, words, numbers and Retry-After are its own."""
+
+    def __init__(self, status: int, code: str, message: str, **rest: Any) -> None:
+        super().__init__(message, **rest)
+        self.status = status
+        self.code = code
+
+    @classmethod
+    def of(
+        cls,
+        status: int | None,
+        error: dict[str, Any],
+        retry_after: str | None = None,
+        *,
+        otherwise: str = "the node gave no reason",
+    ) -> Self:
+        """Return the error in a node's error object; without a status its code tells it."""
+        rest = dict(error)
+        code = rest.pop("code", None)
+        code = code if isinstance(code, str) else "node_failed"
+        message = rest.pop("message", None) or otherwise
+        param = rest.pop("param", None)
+        rest.pop("type", None)
+        seconds = retry_after if retry_after and retry_after.isdigit() else None
+        return cls(
+            status or STATUS_OF_CODE.get(code, 502),
+            code,
+            str(message),
+            param=param if isinstance(param, str) else None,
+            retry_after_seconds=int(seconds) if seconds else None,
+            extras=rest,
+        )
+
+
+def dialect_of(request: web.Request) -> Dialect:
+    """Return the dialect that the client speaks, told by the path, else by its version header."""
+    if request.path.startswith("/v1/messages"):
+        return ANTHROPIC
+    if request.path.startswith("/v1/models") and "anthropic-version" in request.headers:
+        return ANTHROPIC
+    return OPENAI
+
+
+def error_response(dialect: Dialect, error: ApiError, request_id: str) -> web.Response:
+    """Return *error* as *dialect* says it; every 503 says when to come back."""
+    retry_after = error.retry_after_seconds
+    if retry_after is None and error.status == 503:
+        retry_after = 1
+    headers = {HEADER_SOURCE: "node" if isinstance(error, Relayed) else "gateway"}
+    if retry_after is not None:
+        headers["Retry-After"] = str(retry_after)
+    return web.json_response(
+        dialect.envelope(error, request_id), status=dialect.status(error), headers=headers
+    )
+
+
+@web.middleware
+async def errors_in_dialect(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """Answer every exception in the client's dialect, and log those that are bugs."""
+    try:
+        return await handler(request)
+    except ApiError as error:
+        refused = error
+    except web.HTTPException as error:
+        refused = _of_aiohttp(request, error)
+    except Exception:
+        log.exception("request failed")
+        refused = InternalError(BUG)
+    return error_response(dialect_of(request), refused, id_of(request))
+
+
+async def read_body(request: web.Request) -> bytes:
+    """Return the body; raise BodyTooLarge."""
+    try:
+        return await request.read()
+    except web.HTTPRequestEntityTooLarge as exc:
+        raise BodyTooLarge(f"the body is larger than {MAX_BODY_BYTES // 2**20} MiB") from exc
+
+
+def _of_aiohttp(request: web.Request, error: web.HTTPException) -> ApiError:
+    match error:
+        case web.HTTPNotFound():
+            return RouteNotFound(f"there is no {request.method} {request.path} here")
+        case web.HTTPMethodNotAllowed():
+            return MethodNotAllowed(f"{request.path} takes no {request.method}")
+        case _:
+            return InvalidRequest(error.reason)

@@ -1,0 +1,111 @@
+"""Which replica takes a request, or what has to happen first; pure.
+
+what we know of the model                          decision
+loaded and servable on a node that takes requests  Serve: least loaded, ties by name
+on its way on such a node                          Wait
+there, but recovering or not servable              Refuse 503 recovering
+no node takes requests                             Refuse 503 recovering
+in the catalogue                                   Load
+only on a node that is down or draining            Refuse 503 recovering
+nowhere                                            Refuse 404
+"""
+
+from __future__ import annotations
+
+from collections.abc import Set as AbstractSet
+from dataclasses import dataclass
+
+from cortex.gateway.catalogue import Target
+from cortex.gateway.fleet import FleetSnapshot, Node
+from cortex.ipc.errors import ApiError, ModelNotFound, Recovering
+
+NOBODY: AbstractSet[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Serve:
+    """Send it to *node*; *reason* goes into ``x-cortex-reason``."""
+
+    node: Node
+    reason: str
+
+
+@dataclass(frozen=True)
+class Wait:
+    """*node* is loading it."""
+
+    node: Node
+
+
+@dataclass(frozen=True)
+class Load:
+    """Nobody has it, somebody could."""
+
+
+@dataclass(frozen=True)
+class Refuse:
+    """It cannot be served now, or at all."""
+
+    error: ApiError
+
+
+Decision = Serve | Wait | Load | Refuse
+
+
+def replicas(
+    snapshot: FleetSnapshot, model_id: str, excluded: AbstractSet[str] = NOBODY
+) -> list[Node]:
+    """Return the nodes that can serve *model_id* right now, the least loaded first."""
+    able = [
+        node
+        for node in snapshot.nodes
+        if node.takes_requests
+        and node.name not in excluded
+        and (model := node.model(model_id)) is not None
+        and model.status == "loaded"
+        and model.servable.ok
+    ]
+    return sorted(able, key=lambda node: (snapshot.load_of(node, model_id), node.name))
+
+
+def decide(
+    snapshot: FleetSnapshot, target: Target, excluded: AbstractSet[str] = NOBODY
+) -> Decision:
+    """Return what to do with a request for *target*; *excluded* nodes have failed it already."""
+    if able := replicas(snapshot, target.node_id, excluded):
+        return Serve(able[0], "only-replica" if len(able) == 1 else "least-loaded")
+    up = [node for node in snapshot.nodes if node.takes_requests]
+    candidates = [node for node in up if node.name not in excluded]
+    if loading := [node for node in candidates if node.status_of(target.node_id) == "loading"]:
+        return Wait(loading[0])
+    for node in candidates:
+        if why := _not_servable(node, target.node_id):
+            return Refuse(_later(f"{target.id!r} on node {node.name} {why}", 2))
+    if up and target.profile:
+        return Load()
+    return Refuse(_nobody(snapshot, target))
+
+
+def _nobody(snapshot: FleetSnapshot, target: Target) -> ApiError:
+    away = [node for node in snapshot.nodes if not node.takes_requests]
+    if len(away) == len(snapshot.nodes):
+        return _later(f"no node can take {target.id!r} now", 5)
+    if any(node.model(target.node_id) for node in away):
+        return _later(f"the node that serves {target.id!r} is down or draining", 3)
+    return ModelNotFound(
+        f"nobody serves the model {target.id!r}; GET /v1/models lists what there is",
+        param="model",
+    )
+
+
+def _not_servable(node: Node, model_id: str) -> str | None:
+    model = node.model(model_id)
+    if model is None or model.status in ("loading", "failed"):
+        return None
+    if model.status == "loaded":
+        return f"cannot be served: {model.servable.detail or model.servable.reason or 'no reason'}"
+    return f"is {model.status}"
+
+
+def _later(message: str, retry_after_seconds: int) -> Recovering:
+    return Recovering(message, retry_after_seconds=retry_after_seconds)

@@ -1,0 +1,51 @@
+"""Running until somebody says stop: signals, drain, end."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+from collections.abc import Callable
+
+from cortex.gateway.app import Gateway
+from cortex.gateway.catalogue import Catalogue
+from cortex.gateway.config import GatewayConfig
+
+INTERRUPTED = 130
+"""Exit status after a second signal, which cuts the drain short."""
+
+
+class StopSignals:
+    """SIGTERM and Ctrl-C: the first asks to stop, the second cancels the task that made this."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self.is_impatient = False
+        self._task = asyncio.current_task()
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal)
+
+    def _on_signal(self) -> None:
+        if not self.asked.is_set():
+            self.asked.set()
+            return
+        self.is_impatient = True
+        if self._task is not None:
+            self._task.cancel()
+
+
+async def serve(
+    config: GatewayConfig, catalogue: Catalogue, on_ready: Callable[[Gateway], None]
+) -> int:
+    """Serve until a signal, drain, and return the exit status; *on_ready* gets the gateway."""
+    signals = StopSignals()
+    try:
+        async with Gateway(config, catalogue) as gateway:
+            on_ready(gateway)
+            await signals.asked.wait()
+            await gateway.drain()
+    except asyncio.CancelledError:
+        if signals.is_impatient:
+            return INTERRUPTED
+        raise
+    return 0

@@ -1,0 +1,85 @@
+"""What the files on this machine say of models that are not loaded.
+
+Headers and tokenisers only, read in a thread; a tokeniser that was used is kept. A model without
+files here is 404: no evidence is not the same as no capability.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from cortex.ipc.errors import ModelNotFound, Unloadable
+from cortex.ipc.node_api import Capabilities, Limit
+from cortex.models.checkpoints.checkpoint import Checkpoint
+from cortex.models.checkpoints.errors import CheckpointError
+from cortex.runtime.node import TextView
+from cortex.runtime.sources import Source, cached
+from cortex.runtime.text import TextSide
+
+KEPT_TEXT_SIDES = 4
+
+
+class CachedModels:
+    """Models by what lies in *cache* and, where *file_roots* allow, elsewhere on the disk.
+
+    *file_roots* are the directories that ``file:`` may read below; None is any.
+    """
+
+    def __init__(
+        self,
+        cache: Path,
+        file_roots: Sequence[Path] | None,
+        open_text: Callable[[Path], TextView] = TextSide.from_checkpoint,
+    ) -> None:
+        self._cache = cache
+        self._file_roots = file_roots
+        self._open_text = open_text
+        self._text_sides: OrderedDict[Path, TextView] = OrderedDict()
+
+    async def capabilities(self, model_id: str) -> Capabilities:
+        """Return what the checkpoint's headers say; raise ModelNotFound where there is none."""
+        path = await asyncio.to_thread(self._path, model_id)
+        try:
+            checkpoint = await asyncio.to_thread(_supported, path)
+        except (CheckpointError, OSError) as exc:
+            raise ModelNotFound(f"the files of {model_id!r} cannot be served: {exc}") from exc
+        context = checkpoint.config.get("max_position_embeddings")
+        return Capabilities(
+            capabilities=["text"],
+            limit=Limit(context=context) if isinstance(context, int) else None,
+            tool_call=False,
+            reasoning=False,
+            size_bytes=checkpoint.weights_bytes,
+            source="cache",
+        )
+
+    async def text_side(self, model_id: str) -> TextView:
+        """Return the tokeniser and template of a model; raise ModelNotFound where there is none."""
+        path = await asyncio.to_thread(self._path, model_id)
+        if path not in self._text_sides:
+            try:
+                self._text_sides[path] = await asyncio.to_thread(self._open_text, path)
+            except (CheckpointError, Unloadable, OSError) as exc:
+                raise ModelNotFound(f"the files of {model_id!r} cannot be read: {exc}") from exc
+        self._text_sides.move_to_end(path)
+        while len(self._text_sides) > KEPT_TEXT_SIDES:
+            self._text_sides.popitem(last=False)
+        return self._text_sides[path]
+
+    def _path(self, model_id: str) -> Path:
+        try:
+            path = cached(Source.parse(model_id, self._file_roots), self._cache)
+        except Unloadable as exc:
+            raise ModelNotFound(str(exc)) from exc
+        if path is None:
+            raise ModelNotFound(f"there are no files of {model_id!r} on this machine")
+        return path
+
+
+def _supported(path: Path) -> Checkpoint:
+    checkpoint = Checkpoint.open(path)
+    checkpoint.check_supported()
+    return checkpoint

@@ -1,0 +1,155 @@
+"""``neuron serve | tap``: what can be wrong is one sentence and an exit code, never a traceback.
+
+Exit codes: 0 stopped as asked, 1 something outside is in the way, 2 the configuration is wrong.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated, NoReturn
+
+import msgspec
+import typer
+
+from cortex.ipc import taps
+from cortex.ipc.log import configure_logging
+from cortex.runtime.config import ConfigError, load_config, parse_devices
+from cortex.runtime.version import package_version
+
+INTERRUPTED = 130
+
+app = typer.Typer(
+    name="neuron",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="""Serve language models on the devices of this host.
+
+\b
+  neuron serve                                  defaults: 127.0.0.1:13131, every GPU or cpu:0
+  neuron serve --model smollm2-135m-instruct    load the small embedded model at once
+  neuron tap                                    watch what a running neuron does
+""",
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"neuron {package_version()}")
+        raise typer.Exit
+
+
+@app.callback()
+def _neuron(
+    version: Annotated[
+        bool,
+        typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version."),
+    ] = False,
+) -> None:
+    pass
+
+
+Config = Annotated[
+    Path | None,
+    typer.Option(metavar="FILE", help="Configuration; /etc/neuron/neuron.toml where it exists."),
+]
+
+
+@app.command()
+def serve(
+    config: Config = None,
+    listen: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Where to listen; port 0 is any.")
+    ] = None,
+    devices: Annotated[
+        str | None, typer.Option(metavar="NAMES", help="auto, or names: cuda:0,cuda:1 or cpu:0.")
+    ] = None,
+    model: Annotated[
+        list[str] | None,
+        typer.Option(metavar="ID", help="Load at the start instead of the file's; repeatable."),
+    ] = None,
+    log_level: Annotated[
+        str | None, typer.Option(metavar="LEVEL", help="debug, info, warning or error.")
+    ] = None,
+) -> None:
+    """Run the neuron in the foreground until SIGTERM or Ctrl-C; a second one hurries it.
+
+    \b
+    Options win over the environment (NEURON_LISTEN, NEURON_ADMISSION__MAX_IN_FLIGHT, ...), which
+    wins over the file. Without a file the defaults serve.
+
+    \b
+      neuron serve --config ./neuron.toml
+      neuron serve --devices cpu:0,cpu:1 --listen 127.0.0.1:8000
+      neuron serve --model file:/models/SmolLM2-135M-Instruct.Q4_1.gguf
+
+    \b
+    Then ask it, as any OpenAI server:
+      curl http://127.0.0.1:13131/v1/chat/completions -d '{"model": "smollm2-135m-instruct",
+        "messages": [{"role": "user", "content": "What is the capital of France?"}]}'
+    """  # noqa: D301 - \b is click's mark for lines that it must not wrap
+    try:
+        settings = load_config(
+            config,
+            listen=listen,
+            devices=None if devices is None else parse_devices(devices),
+            models=[{"model_id": model_id} for model_id in model] if model else None,
+            log_level=log_level,
+        )
+        configure_logging("neuron", settings.log_level)
+        from cortex.runtime import serving
+
+        serving.serve(settings)
+    except ConfigError as exc:
+        _fail(str(exc), 2)
+    except OSError as exc:
+        _fail(str(exc), 1)
+    except KeyboardInterrupt:  # before the loop took over the signal
+        raise typer.Exit(INTERRUPTED) from None
+
+
+@app.command()
+def tap(
+    topics: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[TOPIC]...", help="Beginnings of topics; none means all."),
+    ] = None,
+    directory: Annotated[
+        Path | None,
+        typer.Option(help="Where the neuron binds its taps; else by its configuration."),
+    ] = None,
+    config: Config = None,
+) -> None:
+    """Print what happens inside a running neuron, live, one line each, until Ctrl-C.
+
+    \b
+      neuron tap                    everything
+      neuron tap command event      what supervisor and device processes tell each other
+      neuron tap request            every request as it ends
+    """  # noqa: D301 - as above
+    try:
+        if directory is None:
+            settings = load_config(config)
+            directory = settings.tap_directory(settings.address[1])
+        for topic, message in taps.listen(directory, topics or []):
+            typer.echo(f"{topic} {msgspec.json.encode(message).decode()}")
+    except ConfigError as exc:
+        _fail(str(exc), 2)
+    except BrokenPipeError:  # piped into head: enough was read
+        sys.stderr.close()
+    except OSError as exc:
+        _fail(f"{exc}; is the neuron running, with [taps] enabled?", 1)
+    except KeyboardInterrupt:
+        typer.echo()
+
+
+def _fail(sentence: str, code: int) -> NoReturn:
+    typer.echo(f"neuron: {sentence}", err=True)
+    raise typer.Exit(code)
+
+
+def run() -> None:
+    """Run the command line of this process."""
+    app()

@@ -1,0 +1,191 @@
+"""What a supervisor and one life of a device process still owe each other.
+
+Every question is answered or ends with PeerGone, every generation ends once (``generation.py``),
+whatever the device does. No I/O: commands go out through ``send``, and whoever reads the channel
+and the ring calls ``hear`` and ``receive``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+from collections.abc import Callable
+
+from cortex.ipc.errors import (
+    ApiError,
+    InvalidRequest,
+    ModelNotFound,
+    NodeFailed,
+    Overloaded,
+    PeerGone,
+    Unloadable,
+)
+from cortex.ipc.messages import (
+    Bye,
+    Cancel,
+    Command,
+    Event,
+    Failed,
+    Generate,
+    Hello,
+    LoadProgress,
+    MemoryReport,
+    ModelLoaded,
+    ModelUnloaded,
+    Pong,
+    SamplingParams,
+)
+from cortex.ipc.ring import Flag, TokenRecord
+from cortex.runtime.generation import Generation
+
+Progress = Callable[[int, int], None]
+
+
+class Refused(Exception):
+    """The device answered a question with *failed*."""
+
+    def __init__(self, failed: Failed) -> None:
+        super().__init__(f"{failed.code}: {failed.detail}")
+        self.failed = failed
+
+
+class Conversation:
+    """Open questions by command id, open generations by sequence id.
+
+    A Generate has the sequence's id as its command id too, so that a refusal that names either of
+    them ends the generation.
+    """
+
+    def __init__(self, send: Callable[[Command], None], ids: itertools.count[int]) -> None:
+        self.generations: dict[int, Generation] = {}
+        self._send = send
+        self._ids = ids
+        self._questions: dict[int, asyncio.Future[Event]] = {}
+        self._progress: dict[int, Progress] = {}
+        self._ended: str | None = None
+
+    def tell(self, command: Callable[[int], Command]) -> None:
+        """Send ``command(id)``; its answer, if any, is not waited for."""
+        self._send(command(next(self._ids)))
+
+    async def ask(
+        self, question: Callable[[int], Command], progress: Progress | None = None
+    ) -> Event:
+        """Send ``question(id)`` and return its answer.
+
+        Raise Refused where that is a Failed, PeerGone where the device dies before it.
+        """
+        if self._ended is not None:
+            raise PeerGone(self._ended)
+        command_id = next(self._ids)
+        answer: asyncio.Future[Event] = asyncio.get_running_loop().create_future()
+        self._questions[command_id] = answer
+        if progress is not None:
+            self._progress[command_id] = progress
+        try:
+            self._send(question(command_id))
+            return await answer
+        finally:
+            self._questions.pop(command_id, None)
+            self._progress.pop(command_id, None)
+
+    def generate(
+        self, model_id: str, prompt_token_ids: list[int], sampling: SamplingParams
+    ) -> Generation:
+        """Start a sequence."""
+        sequence_id = next(self._ids)
+        generation = Generation(sequence_id, model_id, self._cancel)
+        if self._ended is not None:
+            generation.fail(NodeFailed(self._ended))
+            return generation
+        self.generations[sequence_id] = generation
+        self._send(Generate(sequence_id, sequence_id, model_id, prompt_token_ids, sampling))
+        return generation
+
+    def of_model(self, model_id: str) -> list[Generation]:
+        """Return the generations of *model_id* that the device still works on."""
+        return [g for g in self.generations.values() if g.model_id == model_id]
+
+    def fail_model(self, model_id: str, error: ApiError) -> None:
+        """End every generation of *model_id* with *error*."""
+        for generation in self.of_model(model_id):
+            self._fail(generation.sequence_id, error)
+
+    def receive(self, records: list[TokenRecord]) -> None:
+        """Give the ring's *records* to their generations; those of an ended one are dropped."""
+        batches: dict[int, list[TokenRecord]] = {}
+        for record in records:
+            batches.setdefault(record.sequence_id, []).append(record)
+        for sequence_id, batch in batches.items():
+            generation = self.generations.get(sequence_id)
+            if generation is not None:
+                generation.add(batch)
+            if batch[-1].flags & Flag.FINISH:
+                self.generations.pop(sequence_id, None)
+
+    def hear(self, event: Event) -> None:
+        """Pass *event* on to whom it answers. Empty the ring into ``receive`` before."""
+        match event:
+            case LoadProgress():
+                self._report(event)
+            case Failed(sequence_id=int(sequence_id)):
+                self._fail(sequence_id, api_error(event))
+            case Failed(command_id=int(command_id)):
+                self._refuse(command_id, event)
+            case Pong() | ModelLoaded() | ModelUnloaded() | MemoryReport() | Bye():
+                self._answer(event.command_id, event)
+            case Failed() | Hello():
+                pass  # of the process as a whole: the owner of this life acts on it
+
+    def end(self, error: ApiError) -> None:
+        """Nothing will come any more: fail whatever is open. Empty the ring before."""
+        self._ended = str(error)
+        for sequence_id in list(self.generations):
+            self._fail(sequence_id, error)
+        for question in self._questions.values():
+            if not question.done():
+                question.set_exception(PeerGone(str(error)))
+
+    def _cancel(self, sequence_id: int) -> None:
+        if self._ended is None:
+            self.tell(lambda command_id: Cancel(command_id, sequence_id))
+
+    def _fail(self, sequence_id: int, error: ApiError) -> None:
+        generation = self.generations.pop(sequence_id, None)
+        if generation is not None:
+            generation.fail(error)
+
+    def _answer(self, command_id: int, event: Event) -> None:
+        question = self._questions.get(command_id)
+        if question is not None and not question.done():
+            question.set_result(event)
+
+    def _refuse(self, command_id: int, failed: Failed) -> None:
+        question = self._questions.get(command_id)
+        if question is None:
+            self._fail(command_id, api_error(failed))
+        elif not question.done():
+            question.set_exception(Refused(failed))
+
+    def _report(self, event: LoadProgress) -> None:
+        progress = self._progress.get(event.command_id)
+        if progress is not None:
+            progress(event.bytes_done, event.bytes_total)
+
+
+_ERRORS: dict[str, type[ApiError]] = {
+    **{error.code: error for error in ApiError.__subclasses__() if error is not Unloadable},
+    "empty_prompt": InvalidRequest,
+    "invalid_sampling": InvalidRequest,
+    "token_out_of_range": InvalidRequest,
+    "model_not_loaded": ModelNotFound,
+    "out_of_memory": Overloaded,
+}
+
+
+def api_error(failed: Failed) -> ApiError:
+    """Return the HTTP error of a sequence that *failed*: the one of its code, else NodeFailed."""
+    error = _ERRORS.get(failed.code)
+    if error is None:
+        return NodeFailed(f"{failed.code}: {failed.detail}")
+    return error(failed.detail)

@@ -1,0 +1,242 @@
+"""One life of a device process: a child, and a ring and a channel that nobody else ever uses.
+
+A restart makes a new one, so nothing of an earlier life can reach a later one. In order:
+
+1. the ring and the channel are made, the child is forked with them;
+2. Hello within a time limit, from a child that speaks our protocol, was forked from a complete and
+   single-threaded fork server; anything else is killed;
+3. commands go out in order, events and token records come in, until the pidfd says it is gone;
+4. what it said last is heard, the ring is emptied, and then whatever is open fails.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import signal
+from collections.abc import Awaitable, Callable
+from typing import Any, Protocol
+
+import zmq.asyncio
+
+from cortex.ipc import messages
+from cortex.ipc.channel import SupervisorEnd
+from cortex.ipc.errors import NodeFailed, ProtocolError
+from cortex.ipc.messages import Command, Event, Failed, Hello
+from cortex.ipc.ring import TokenConsumer, TokenRing
+from cortex.ipc.taps import Tap
+from cortex.runtime.config import DeviceSpec
+from cortex.runtime.device_conversation import Conversation
+from cortex.runtime.fork_server import Child
+
+RING_RECORDS = 8192
+HELLO_TIMEOUT_SECONDS = 60.0
+LAST_WORDS_SECONDS = 0.02
+
+OnHello = Callable[[Hello], None]
+OnGone = Callable[[], None]
+
+
+class Fork(Protocol):
+    """Start a child that is a device process; ``ForkServer.fork``, but for tests."""
+
+    def __call__(self, title: str, **arguments: Any) -> Awaitable[Child]:
+        """Start it with the arguments of its main function; raise OSError where that fails."""
+
+
+class Life(Protocol):
+    """What ``DeviceProcess`` needs of one life."""
+
+    conversation: Conversation
+
+    @property
+    def pid(self) -> int | None:
+        """The child's process number, once it is forked."""
+
+    async def run(self, on_hello: OnHello, on_gone: OnGone) -> str:
+        """Live; return, in words, why it ended. *on_gone* comes first, then open ends fail."""
+
+    def kill(self, reason: str) -> None:
+        """End it at once; *reason* becomes the reason of its end."""
+
+
+class DeviceLife:
+    """A life in a real child."""
+
+    def __init__(
+        self,
+        spec: DeviceSpec,
+        ids: itertools.count[int],
+        *,
+        fork: Fork,
+        context: zmq.asyncio.Context,
+        tap: Tap,
+        log_level: str = "info",
+        hello_timeout_seconds: float = HELLO_TIMEOUT_SECONDS,
+    ) -> None:
+        self.conversation = Conversation(self._queue, ids)
+        self._spec = spec
+        self._fork = fork
+        self._tap = tap
+        self._log_level = log_level
+        self._hello_timeout_seconds = hello_timeout_seconds
+        self._commands: asyncio.Queue[Command] = asyncio.Queue()
+        self._ring = TokenRing(RING_RECORDS)
+        self._consumer = TokenConsumer(self._ring)
+        self._channel = SupervisorEnd(context)
+        self._child: Child | None = None
+        self._reason: str | None = None
+
+    @property
+    def pid(self) -> int | None:
+        """The child's process number, once it is forked."""
+        return None if self._child is None else self._child.pid
+
+    async def run(self, on_hello: OnHello, on_gone: OnGone) -> str:
+        """Live; return, in words, why it ended. *on_gone* comes first, then open ends fail."""
+        loop = asyncio.get_running_loop()
+        loop.add_reader(self._consumer.fileno(), self._empty_ring)
+        try:
+            if await self._be_forked():
+                await self._talk_until_gone(on_hello, on_gone)
+            else:
+                on_gone()
+        finally:
+            self.kill("the supervisor stopped")
+            self._empty_ring()
+            loop.remove_reader(self._consumer.fileno())
+            self.conversation.end(NodeFailed(self._reason or "the device process is gone"))
+            self._close()
+        assert self._reason is not None, "every end has a reason"
+        return self._reason
+
+    def kill(self, reason: str) -> None:
+        """End it at once; *reason* becomes the reason of its end."""
+        self._reason = self._reason or reason
+        if self._child is not None:
+            self._child.kill()
+
+    def _close(self) -> None:
+        self._consumer.close()
+        self._ring.close()
+        self._channel.close()
+
+    async def _be_forked(self) -> bool:
+        """Return whether there is a child now."""
+        spec = self._spec
+        try:
+            self._child = await self._fork(
+                f"neuron {spec.name}",
+                device_name=spec.name,
+                memory_bytes=spec.memory_bytes,
+                threads=spec.threads,
+                address=self._channel.address,
+                ring=self._ring,
+                tap_directory=self._tap.directory,
+                log_level=self._log_level,
+            )
+        except OSError as exc:
+            self.kill(f"the device process of {spec.name} cannot be started: {exc}")
+            return False
+        if self._reason is not None:  # somebody ended this life while it began
+            self._child.kill()
+        return True
+
+    async def _talk_until_gone(self, on_hello: OnHello, on_gone: OnGone) -> None:
+        assert self._child is not None, "it has been forked"
+        async with asyncio.TaskGroup() as tasks:
+            listening = tasks.create_task(self._listen(on_hello))
+            sending = tasks.create_task(self._send_queued())
+            await self._child.gone
+            on_gone()
+            await asyncio.wait([listening], timeout=LAST_WORDS_SECONDS)
+            listening.cancel()
+            sending.cancel()
+            code = await self._child.exit_code()
+            self._reason = self._reason or f"the device process of {self._spec.name} {_ended(code)}"
+
+    async def _listen(self, on_hello: OnHello) -> None:
+        try:
+            on_hello(await self._hello())
+            while True:
+                self._hear(await self._channel.receive())
+        except ProtocolError as exc:
+            self.kill(str(exc))
+
+    async def _hello(self) -> Hello:
+        """Return the child's Hello; raise ProtocolError for none, or one that will not do."""
+        name = self._spec.name
+        try:
+            async with asyncio.timeout(self._hello_timeout_seconds):
+                event = await self._channel.receive()
+        except TimeoutError:
+            raise ProtocolError(
+                f"the device process of {name} said no Hello in {self._hello_timeout_seconds:g} s"
+            ) from None
+        self._publish("event", event)
+        if isinstance(event, Failed):
+            raise ProtocolError(f"the device process of {name} failed: {event.detail}")
+        if not isinstance(event, Hello):
+            raise ProtocolError(f"the device process of {name} began with {_op(event)}, not hello")
+        refuse_hello(event)
+        return event
+
+    def _hear(self, event: Event) -> None:
+        self._publish("event", event)
+        self._empty_ring()  # what the ring still holds came before
+        self.conversation.hear(event)
+        if isinstance(event, Failed) and is_of_process(event):
+            self.kill(f"the device process of {self._spec.name} failed: {event.detail}")
+
+    def _empty_ring(self) -> None:
+        self.conversation.receive(self._consumer.take())
+
+    def _queue(self, command: Command) -> None:
+        self._commands.put_nowait(command)
+
+    async def _send_queued(self) -> None:
+        while True:
+            command = await self._commands.get()
+            self._publish("command", command)
+            await self._channel.send(command)
+
+    def _publish(self, direction: str, message: Command | Event) -> None:
+        self._tap.publish(
+            f"{direction}.{_op(message)}", {"device": self._spec.name, direction: message}
+        )
+
+
+def is_of_process(failed: Failed) -> bool:
+    """Whether the whole process cannot go on: it says so, or answers nobody knows what."""
+    return failed.fatal or (failed.command_id is None and failed.sequence_id is None)
+
+
+def refuse_hello(hello: Hello) -> None:
+    """Raise ProtocolError, in words, for a child that must not be used."""
+    messages.refuse_other_protocol(hello)
+    if not hello.preloaded:
+        raise ProtocolError(
+            "the fork server could not import cortex.runtime.preload: is the package installed, "
+            "with its neuron extra?"
+        )
+    if hello.server_threads != 1:
+        raise ProtocolError(
+            f"the fork server has {hello.server_threads} threads after its imports, not 1: "
+            "what is forked from it may hang"
+        )
+
+
+def _op(message: Command | Event) -> str:
+    return str(message.__struct_config__.tag)
+
+
+def _ended(code: int | None) -> str:
+    """Say how a process ended, given multiprocessing's exit code."""
+    if code is None:
+        return "is gone; how is unknown, because its fork server died too"
+    if code >= 0:
+        return f"exited with status {code}"
+    with contextlib.suppress(ValueError):
+        return f"was killed by {signal.Signals(-code).name}"
+    return f"was killed by signal {-code}"

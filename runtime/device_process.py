@@ -1,0 +1,240 @@
+"""The supervisor's handle on one device, through all the lives of its process.
+
+It owns the device's state (the table in ``device_state.py``): it lets one life follow another
+(``device_life.py``), counts failures, waits between them, and gives up after too many. Nobody else
+writes the state; ``on_change`` tells the supervisor of every change, as it happens.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import time
+from collections.abc import Callable
+
+import structlog
+
+from cortex.ipc import node_api
+from cortex.ipc.errors import ApiError, NodeFailed, Recovering, ShuttingDown
+from cortex.ipc.messages import Command, Event, Hello, SamplingParams, Shutdown
+from cortex.runtime.config import DeviceSpec
+from cortex.runtime.device_conversation import Progress
+from cortex.runtime.device_life import Life
+from cortex.runtime.device_state import On, State, after, backoff_seconds, loss, public, recent
+from cortex.runtime.generation import Generation
+from cortex.runtime.pulse import Pulse
+
+Clock = Callable[[], float]
+_log = structlog.get_logger()
+
+
+class DeviceProcess:
+    """A device: one life after another, until it is stopped."""
+
+    def __init__(
+        self,
+        spec: DeviceSpec,
+        begin_life: Callable[[DeviceSpec, itertools.count[int]], Life],
+        *,
+        clock: Clock = time.monotonic,
+        backoff: Callable[[int], float] = backoff_seconds,
+    ) -> None:
+        self.spec = spec
+        self.cycles = 0
+        """Loads and unloads that this life has gone through; the supervisor counts them."""
+        self.restarts = 0
+        self.failure: str | None = None
+        """Why the last life ended, if it should not have."""
+        self.hello: Hello | None = None
+        """What the device process said first in this life; None until then."""
+        self.on_change: Callable[[DeviceProcess, State], None] = lambda _device, _before: None
+        self._begin_life = begin_life
+        self._clock = clock
+        self._backoff = backoff
+        self._ids = itertools.count(1)
+        self._state = State.STARTING
+        self._changed = Pulse()
+        self._failures: list[float] = []
+        self._life: Life | None = None
+        self._hurry = asyncio.Event()
+        """Somebody asked for a restart or the stop: do not wait, and count no failure."""
+
+    @property
+    def state(self) -> node_api.DeviceState:
+        """The public name of the state."""
+        return public(self._state)
+
+    @property
+    def is_ready(self) -> bool:
+        """Whether it takes commands now."""
+        return self._state is State.READY
+
+    @property
+    def is_poisoned(self) -> bool:
+        """Whether it was given up."""
+        return self._state is State.POISONED
+
+    @property
+    def pid(self) -> int | None:
+        """The process number of the child, if there is one."""
+        return None if self._life is None else self._life.pid
+
+    @property
+    def generations(self) -> list[Generation]:
+        """What the device works on."""
+        return list(self._life.conversation.generations.values()) if self._life else []
+
+    async def run(self) -> None:
+        """Live until stopped; the supervisor runs this as a task for as long as it lives itself."""
+        try:
+            while self._state is not State.STOPPED:
+                if self._state is State.STOPPING:
+                    self._advance(On.LOST)
+                elif self._state is State.POISONED:
+                    await self._hurry.wait()
+                    self._hurry.clear()
+                else:
+                    await self._live()
+                    await self._pause()
+        finally:
+            if self._state is not State.STOPPED:  # cancelled: nobody may wait for it any more
+                self._advance(On.STOP)
+                self._advance(On.LOST)
+
+    def refuse_if_lost_for_good(self) -> None:
+        """Raise NodeFailed or ShuttingDown where it will not come back by itself."""
+        name = self.spec.name
+        if self._state is State.POISONED:
+            raise NodeFailed(
+                f"device {name} was given up after too many failures, the last one: {self.failure}"
+            )
+        if self._state in {State.STOPPING, State.STOPPED}:
+            raise ShuttingDown(f"device {name} is being stopped")
+
+    async def become_ready(self) -> None:
+        """Return once it takes commands; raise NodeFailed or ShuttingDown if it never will."""
+        await self._changed.until(lambda: self._state not in {State.STARTING, State.RESTARTING})
+        self._refuse_unless_ready()
+
+    async def ask(
+        self,
+        question: Callable[[int], Command],
+        *,
+        timeout_seconds: float,
+        progress: Progress | None = None,
+    ) -> Event:
+        """Send ``question(command_id)``, return the answer.
+
+        Raise Refused where it is a Failed, PeerGone where the process dies before. One that does
+        not answer in time is killed.
+        """
+        self._refuse_unless_ready()
+        life = self._life
+        assert life is not None, "a ready device has a life"
+        late = asyncio.get_running_loop().call_later(
+            timeout_seconds,
+            life.kill,
+            f"the device process of {self.spec.name} gave no answer in {timeout_seconds:g} s",
+        )
+        try:
+            return await life.conversation.ask(question, progress)
+        finally:
+            late.cancel()
+
+    def generate(
+        self, model_id: str, prompt_token_ids: list[int], sampling: SamplingParams
+    ) -> Generation:
+        """Start a sequence; raise Recovering, NodeFailed or ShuttingDown where that cannot be."""
+        self._refuse_unless_ready()
+        assert self._life is not None, "a ready device has a life"
+        return self._life.conversation.generate(model_id, prompt_token_ids, sampling)
+
+    def of_model(self, model_id: str) -> list[Generation]:
+        """Return the generations of *model_id* that the device works on."""
+        return self._life.conversation.of_model(model_id) if self._life else []
+
+    def fail_model(self, model_id: str, error: ApiError) -> None:
+        """End every generation of *model_id* with *error*."""
+        if self._life is not None:
+            self._life.conversation.fail_model(model_id, error)
+
+    def restart(self) -> None:
+        """End this life, if any, and begin another at once; earlier failures are forgotten."""
+        if self._state in {State.STOPPING, State.STOPPED}:
+            self.refuse_if_lost_for_good()
+        self._failures.clear()
+        self._hurry.set()
+        self._advance(On.RESTART)
+        self.end_life(f"device {self.spec.name} was restarted by an operator")
+
+    def end_life(self, reason: str) -> None:
+        """Kill the process, if there is one; a failure, unless a restart or the stop is asked."""
+        if self._life is not None:
+            self._life.kill(reason)
+
+    async def stop(self, grace_seconds: float) -> None:
+        """End it in order: Shutdown, SIGKILL after *grace_seconds*. Returns when it is stopped."""
+        if self._state is State.STOPPED:
+            return
+        was_ready = self.is_ready
+        self._advance(On.STOP)
+        self._hurry.set()
+        if was_ready and self._life is not None:
+            self._life.conversation.tell(Shutdown)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(grace_seconds):
+                    await self._until_stopped()
+        self.end_life(f"device {self.spec.name} was stopped")
+        await self._until_stopped()
+
+    async def _until_stopped(self) -> None:
+        await self._changed.until(lambda: self._state is State.STOPPED)
+
+    async def _live(self) -> None:
+        life = self._life = self._begin_life(self.spec, self._ids)
+        self.cycles = 0
+        try:
+            reason = await life.run(self._greeted, self._lost)
+        finally:
+            self._life = None
+        if self._state is not State.STOPPED:
+            self.failure = reason
+            self.restarts += 1
+            _log.warning(
+                "device process lost", device=self.spec.name, reason=reason, state=self._state
+            )
+
+    async def _pause(self) -> None:
+        """Wait before the next life, unless somebody asked for it at once."""
+        if self._state is State.RESTARTING:
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(self._backoff(len(self._failures))):
+                    await self._hurry.wait()
+        if self._state is State.RESTARTING:
+            self._hurry.clear()
+
+    def _greeted(self, hello: Hello) -> None:
+        self.hello = hello
+        self._advance(On.HELLO)
+        _log.info("device process ready", device=self.spec.name, process=hello.pid)
+
+    def _lost(self) -> None:
+        """The process is gone, or never came; what it owed fails right after."""
+        self.hello = None
+        if self._state is State.STOPPING:
+            self._advance(On.LOST)
+        elif not self._hurry.is_set():  # else it was asked for: RESTARTING already, and no failure
+            now = self._clock()
+            self._failures = [*recent(self._failures, now), now]
+            self._advance(loss(self._failures))
+
+    def _advance(self, on: On) -> None:
+        before, self._state = self._state, after(self._state, on)
+        self._changed.beat()
+        self.on_change(self, before)
+
+    def _refuse_unless_ready(self) -> None:
+        self.refuse_if_lost_for_good()
+        if self._state is not State.READY:
+            raise Recovering(f"device {self.spec.name} is {self.state}", retry_after_seconds=1)

@@ -1,0 +1,174 @@
+"""Taking a model from QUEUED to LOADED, on again after its device was lost, and off.
+
+One load at a time per device: the others wait for their turn, in order. Whatever goes wrong with a
+load is recorded in its model, never raised.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Protocol
+
+import structlog
+
+from cortex.ipc.errors import ApiError, InternalError, NodeFailed, PeerGone, Unloadable
+from cortex.ipc.messages import LoadModel, ModelLoaded, UnloadModel
+from cortex.ipc.node_api import LoadRequest
+from cortex.runtime.device_conversation import Progress, Refused
+from cortex.runtime.device_process import Clock, DeviceProcess
+from cortex.runtime.model_state import On, State
+from cortex.runtime.served_model import ServedModel
+from cortex.runtime.text import TextSide
+
+LOAD_TIMEOUT_SECONDS = 1800.0
+UNLOAD_TIMEOUT_SECONDS = 60.0
+MIB = 2**20
+
+_log = structlog.get_logger()
+
+
+class Files(Protocol):
+    """What a load needs of ``ModelFiles``."""
+
+    def refuse(self, request: LoadRequest) -> None:
+        """Raise Unloadable for what is known to be impossible without looking at any file."""
+
+    async def fetch(self, request: LoadRequest, progress: Progress) -> Path:
+        """Return where the files lie, downloaded first if need be; cancelling stops that."""
+
+    async def read(self, path: Path, request: LoadRequest, free_bytes: int) -> TextSide:
+        """Return the text side; raise Unloadable where the model cannot work."""
+
+    def close(self) -> None:
+        """Take no more work."""
+
+
+class ModelLoads:
+    """The loads and unloads of all devices."""
+
+    def __init__(
+        self, files: Files, free_bytes: Callable[[DeviceProcess], int], clock: Clock
+    ) -> None:
+        self._files = files
+        self._free_bytes = free_bytes
+        self._clock = clock
+        self._turns: dict[int, asyncio.Lock] = {}
+
+    async def bring_up(self, model: ServedModel) -> None:
+        """Take a model from QUEUED to LOADED or FAILED."""
+        async with self._turn(model):
+            with self._recording_failure(model):
+                await self._fetch(model)
+                model.advance(On.FETCHED)
+                try:
+                    await self._put_on(model)
+                except PeerGone as exc:
+                    raise NodeFailed(f"while model {model.id!r} was loaded, {exc}") from exc
+
+    async def recover(self, model: ServedModel) -> None:
+        """Load a model again; where its device dies again, its next life does."""
+        async with self._turn(model):
+            if model.state is State.RECOVERING and model.device.is_ready:
+                with self._recording_failure(model), contextlib.suppress(PeerGone):
+                    await self._put_on(model)
+
+    async def take_off(self, model: ServedModel) -> ApiError | None:
+        """Free what an UNLOADING model holds; return why that failed, if it did."""
+        try:
+            await self._free(model)
+        except Refused as exc:
+            model.fail(NodeFailed(f"model {model.id!r} could not be unloaded: {exc}"))
+            return model.error
+        except (ApiError, PeerGone):
+            pass  # the process is gone, and its memory with it
+        return None
+
+    def _turn(self, model: ServedModel) -> asyncio.Lock:
+        return self._turns.setdefault(model.device.spec.index, asyncio.Lock())
+
+    async def _fetch(self, model: ServedModel) -> None:
+        model.advance(On.TURN)
+        model.path = await self._files.fetch(model.request, model.report)
+        free_bytes = self._free_bytes(model.device)
+        model.text = await self._files.read(model.path, model.request, free_bytes)
+        await model.device.become_ready()
+
+    async def _put_on(self, model: ServedModel) -> None:
+        device = model.device
+        model.is_on_device = True
+        started = self._clock()
+        answer = await device.ask(
+            lambda command_id: load_command(command_id, model),
+            timeout_seconds=LOAD_TIMEOUT_SECONDS,
+            progress=model.report,
+        )
+        assert isinstance(answer, ModelLoaded), f"LoadModel was answered by {answer}"
+        if not device.is_ready:  # it died between its answer and our reading of it
+            raise PeerGone(f"device {device.spec.name} was lost")
+        if model.state is not State.UNLOADING:
+            model.settle(answer)
+            seconds = round(self._clock() - started, 3)
+            _log.info("model loaded", model=model.id, device=device.spec.name, seconds=seconds)
+
+    async def _free(self, model: ServedModel) -> None:
+        if model.is_on_device:
+            await self._tell_unload(model)
+            model.device.cycles += 1
+        if model.bringing_up is not None:
+            model.bringing_up.cancel()
+            await asyncio.wait([model.bringing_up])
+
+    async def _tell_unload(self, model: ServedModel) -> None:
+        """Send UnloadModel; where a running load forbids it, once more when that has ended."""
+        try:
+            await self._ask_unload(model)
+        except Refused:
+            if model.bringing_up is None or model.bringing_up.done():
+                raise
+            await asyncio.wait([model.bringing_up])
+            if model.is_on_device:
+                await self._ask_unload(model)
+
+    async def _ask_unload(self, model: ServedModel) -> None:
+        await model.device.ask(
+            lambda command_id: UnloadModel(command_id, model.id),
+            timeout_seconds=UNLOAD_TIMEOUT_SECONDS,
+        )
+
+    @contextlib.contextmanager
+    def _recording_failure(self, model: ServedModel) -> Iterator[None]:
+        """Whatever goes wrong inside becomes the model's failure."""
+        try:
+            yield
+        except ApiError as exc:
+            self._fail(model, exc)
+        except Refused as exc:
+            self._fail(model, Unloadable(exc.failed.detail, kind=exc.failed.code))
+        except PeerGone:
+            raise
+        except Exception:  # noqa: BLE001 - a bug: into the log with its traceback, and the daemon goes on
+            _log.exception("model could not be loaded", model=model.id)
+            self._fail(model, InternalError(f"loading {model.id!r} met a bug; the log tells more"))
+
+    def _fail(self, model: ServedModel, error: ApiError) -> None:
+        model.is_on_device = False
+        if model.state is not State.UNLOADING:
+            _log.warning("model failed", model=model.id, reason=str(error))
+            model.fail(error)
+
+
+def load_command(command_id: int, model: ServedModel) -> LoadModel:
+    """Return what the device has to be told to load *model*."""
+    request = model.request
+    return LoadModel(
+        command_id,
+        model.id,
+        str(model.path),
+        dtype=request.dtype,
+        max_context_tokens=request.max_context_tokens,
+        max_sequences=request.max_sequences,
+        kv_cache_bytes=request.kv_cache_mb * MIB if request.kv_cache_mb else None,
+    )

@@ -1,0 +1,170 @@
+"""What the HTTP side sees of the supervisor: devices and models to look at, verbs to act with.
+
+The supervisor is the only writer of all of it. Routes are written, and tested, against these
+protocols; ``supervisor.py`` and the fake node of the tests both keep them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping, Sequence
+from contextlib import AbstractAsyncContextManager
+from typing import Any, Protocol
+
+from cortex.ipc.messages import Footprint, Hello, SamplingParams
+from cortex.ipc.node_api import DeviceState, LoadRequest, ModelStatus, Progress, Servable
+from cortex.ipc.openai import ChatMessage
+from cortex.ipc.ring import TokenRecord
+from cortex.runtime.completions import TokensToText
+from cortex.runtime.config import DeviceSpec
+from cortex.runtime.sampling import ModelDefaults
+
+
+class TextView(Protocol):
+    """The text side of a model; every call blocks."""
+
+    @property
+    def generation(self) -> ModelDefaults:
+        """What the checkpoint says of sampling."""
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """All tokens that end an answer."""
+
+    def chat_prompt(
+        self, messages: list[ChatMessage], template_kwargs: dict[str, Any] | None
+    ) -> list[int]:
+        """Render and tokenise; raise ApiError in words."""
+
+    def text_prompt(self, prompt: str) -> list[int]:
+        """Tokenise."""
+
+    def detokenizer(self) -> TokensToText:
+        """Return one for a new answer."""
+
+
+class DeviceView(Protocol):
+    """One device."""
+
+    @property
+    def spec(self) -> DeviceSpec:
+        """Its index, name and budget."""
+
+    @property
+    def state(self) -> DeviceState:
+        """Its public state."""
+
+    @property
+    def cycles(self) -> int:
+        """Loads and unloads that its process has gone through."""
+
+    @property
+    def pid(self) -> int | None:
+        """Its process, if there is one now."""
+
+    @property
+    def hello(self) -> Hello | None:
+        """What its process said first; None until then."""
+
+
+class LimitsView(Protocol):
+    """What the device settled on when it loaded the model."""
+
+    @property
+    def max_context_tokens(self) -> int:
+        """Prompt and answer together."""
+
+    @property
+    def kv_cache_tokens(self) -> int:
+        """Positions that all sequences share."""
+
+
+class ModelView(Protocol):
+    """One model that was asked for; footprint, limits and text are None until it is loaded."""
+
+    @property
+    def id(self) -> str:
+        """The name it is asked by."""
+
+    @property
+    def request(self) -> LoadRequest:
+        """How it was asked for."""
+
+    @property
+    def status(self) -> ModelStatus:
+        """Its public state."""
+
+    @property
+    def footprint(self) -> Footprint | None:
+        """What it holds there."""
+
+    @property
+    def limits(self) -> LimitsView | None:
+        """What it can take."""
+
+    @property
+    def text(self) -> TextView | None:
+        """Its text side."""
+
+    @property
+    def progress(self) -> Progress | None:
+        """How far its load has come."""
+
+    @property
+    def failure(self) -> str | None:
+        """Why it failed."""
+
+    @property
+    def device(self) -> DeviceView:
+        """Where it is, or will be."""
+
+    @property
+    def servable(self) -> Servable:
+        """What a request would meet."""
+
+    def refuse_unless_loaded(self) -> None:
+        """Raise what a request that needs the model now has to be told."""
+
+
+class TokenStream(Protocol):
+    """One running sequence; cancelling its ``__anext__`` loses nothing."""
+
+    def __aiter__(self) -> AsyncIterator[list[TokenRecord]]:
+        """Iterate over the batches."""
+
+    async def __anext__(self) -> list[TokenRecord]:
+        """Return the next batch; the last record of the last one is a finish."""
+
+    def cancel(self) -> None:
+        """End it within one step."""
+
+
+class Node(Protocol):
+    """The supervisor, as far as HTTP goes."""
+
+    @property
+    def devices(self) -> Sequence[DeviceView]:
+        """In order of their indices."""
+
+    @property
+    def models(self) -> Mapping[str, ModelView]:
+        """By id."""
+
+    async def load(self, request: LoadRequest) -> ModelView:
+        """Queue a load and return; raise Unloadable or LoadedDifferently."""
+
+    async def loaded(self, model_id: str) -> ModelView:
+        """Wait until a load has ended; raise what it failed with."""
+
+    async def unload(self, model_id: str, force: bool) -> None:
+        """Raise ModelNotFound, or Conflict while requests run and it is not forced."""
+
+    async def restart_device(self, index: int, force: bool) -> None:
+        """Raise Conflict while it is busy and not forced."""
+
+    def generate(
+        self, model_id: str, prompt_token_ids: list[int], sampling: SamplingParams
+    ) -> AbstractAsyncContextManager[TokenStream]:
+        """Start a sequence; leaving its context cancels it."""
+
+    async def drain(self, timeout_seconds: float) -> None:
+        """Let what runs finish, then unload everything."""

@@ -1,0 +1,247 @@
+"""The public HTTP of a neuron: one short handler per route, the table at the end.
+
+Handlers read the request, call what does the work, and encode the answer; what is refused is raised
+and rendered in ``middlewares.py``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TypeVar
+
+import msgspec
+from aiohttp import web
+
+from cortex.ipc.errors import ApiError, InvalidRequest, ModelNotFound, RouteNotFound
+from cortex.ipc.node_api import (
+    Endpoint,
+    LoadAnswer,
+    LoadRequest,
+    RestartRequest,
+    UnloadRequest,
+)
+from cortex.ipc.openai import (
+    ChatCompletionRequest,
+    CompletionRequest,
+    ModelEntry,
+    ModelList,
+    Tokenized,
+    TokenizeRequest,
+    decode_object,
+    decode_request,
+)
+from cortex.runtime.admission import shutting_down
+from cortex.runtime.cached_models import CachedModels
+from cortex.runtime.health import Report
+from cortex.runtime.health import capabilities as loaded_capabilities
+from cortex.runtime.inference import Inference, servable
+from cortex.runtime.metrics import Metrics
+from cortex.runtime.node import ModelView, Node, TextView
+from cortex.runtime.served_model import not_loaded
+from cortex.runtime.version import Build
+
+S = TypeVar("S", bound=msgspec.Struct)
+
+OWNER = "cortex"
+ID = "{id:.+}"
+"""Model ids hold slashes and colons, escaped or not."""
+
+
+@dataclass(frozen=True, slots=True)
+class Services:
+    """What the handlers call."""
+
+    node: Node
+    report: Report
+    inference: Inference
+    cached: CachedModels
+    metrics: Metrics
+    build: Build
+    started: int
+    """Unix seconds; ``created`` of every model."""
+
+
+SERVICES: web.AppKey[Services] = web.AppKey("services", Services)
+
+
+async def health(request: web.Request) -> web.Response:
+    """``GET /health``."""
+    return _json(request.app[SERVICES].report.health())
+
+
+async def discovery(request: web.Request) -> web.Response:
+    """``GET /discovery``."""
+    return _json(request.app[SERVICES].report.discovery())
+
+
+async def get_version(request: web.Request) -> web.Response:
+    """``GET /version``."""
+    services = request.app[SERVICES]
+    hellos = (device.hello for device in services.node.devices)
+    return _json(services.build.version(next(filter(None, hellos), None)))
+
+
+async def get_metrics(request: web.Request) -> web.Response:
+    """``GET /metrics``, in the text format of Prometheus."""
+    text = request.app[SERVICES].metrics.render()
+    return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4"})
+
+
+async def models(request: web.Request) -> web.Response:
+    """``GET /models``: a bare array."""
+    return _json(request.app[SERVICES].report.models())
+
+
+async def endpoint(request: web.Request) -> web.Response:
+    """``GET /models/{id}/endpoint``: where the caller reaches the model: here."""
+    model = _loaded(request)
+    model.refuse_unless_loaded()
+    return _json(Endpoint(url=f"{request.scheme}://{request.host}"))
+
+
+async def capabilities(request: web.Request) -> web.Response:
+    """``GET /models/{id}/capabilities``, of a loaded model or of one that is only on the disk."""
+    services = request.app[SERVICES]
+    model = services.node.models.get(request.match_info["id"])
+    if model is not None and model.status == "loaded":
+        return _json(loaded_capabilities(model))
+    return _json(await services.cached.capabilities(request.match_info["id"]))
+
+
+async def load(request: web.Request) -> web.Response:
+    """``POST /models/load``: 202 once queued, 200 where it is, or with ``wait`` becomes, loaded."""
+    services = request.app[SERVICES]
+    if services.inference.is_draining:
+        raise shutting_down()
+    asked = await _read(request, LoadRequest)
+    model = await services.node.load(asked)
+    if asked.wait:
+        model = await services.node.loaded(asked.model_id)
+    if model.status == "loaded":
+        return _json(LoadAnswer("loaded"))
+    return _json(LoadAnswer("loading"), status=202)
+
+
+async def unload(request: web.Request) -> web.Response:
+    """``POST /models/unload``."""
+    asked = await _read(request, UnloadRequest)
+    await request.app[SERVICES].node.unload(asked.model_id, asked.force)
+    return _json({"status": "unloaded"})
+
+
+async def restart_device(request: web.Request) -> web.Response:
+    """``POST /devices/{index}/restart``; the body is optional."""
+    node = request.app[SERVICES].node
+    index = int(request.match_info["index"])
+    if not any(device.spec.index == index for device in node.devices):
+        raise RouteNotFound(f"there is no device {index}; /health lists them")
+    force = (await _read(request, RestartRequest)).force if request.can_read_body else False
+    await node.restart_device(index, force)
+    return _json({"status": "restarted"})
+
+
+async def chat_completions(request: web.Request) -> web.StreamResponse:
+    """``POST /v1/chat/completions``."""
+    return await request.app[SERVICES].inference.serve(request, ChatCompletionRequest)
+
+
+async def completions(request: web.Request) -> web.StreamResponse:
+    """``POST /v1/completions``."""
+    return await request.app[SERVICES].inference.serve(request, CompletionRequest)
+
+
+async def tokenize(request: web.Request) -> web.Response:
+    """``POST /tokenize``: what a prompt becomes, also of a model that is only on the disk."""
+    services = request.app[SERVICES]
+    asked = decode_request(await request.read(), TokenizeRequest)
+    if (asked.messages is None) == (asked.prompt is None):
+        raise InvalidRequest("give messages, or a prompt", param="messages")
+    text = await _text_side(services, asked.model)
+    tokens = await services.inference.in_thread(lambda: _tokens(text, asked))
+    return _json(Tokenized(tokens, len(tokens)))
+
+
+async def v1_models(request: web.Request) -> web.Response:
+    """``GET /v1/models``: what answers now, by id."""
+    services = request.app[SERVICES]
+    loaded = [m for _, m in sorted(services.node.models.items()) if m.status == "loaded"]
+    return _json(ModelList([_entry(model, services.started) for model in loaded]))
+
+
+async def v1_model(request: web.Request) -> web.Response:
+    """``GET /v1/models/{id}``."""
+    model = _loaded(request)
+    if model.status != "loaded":
+        raise not_loaded(model.id)
+    return _json(_entry(model, request.app[SERVICES].started))
+
+
+ROUTES = [
+    web.get("/health", health),
+    web.get("/discovery", discovery),
+    web.get("/version", get_version),
+    web.get("/metrics", get_metrics),
+    web.get("/models", models),
+    web.get(f"/models/{ID}/endpoint", endpoint),
+    web.get(f"/models/{ID}/capabilities", capabilities),
+    web.post("/models/load", load),
+    web.post("/models/unload", unload),
+    web.post(r"/devices/{index:\d{1,4}}/restart", restart_device),
+    web.post("/v1/chat/completions", chat_completions),
+    web.post("/v1/completions", completions),
+    web.get("/v1/models", v1_models),
+    web.get(f"/v1/models/{ID}", v1_model),
+    web.post("/tokenize", tokenize),
+]
+
+
+def _json(body: object, status: int = 200) -> web.Response:
+    return web.Response(
+        status=status, body=msgspec.json.encode(body), content_type="application/json"
+    )
+
+
+async def _read(request: web.Request, shape: type[S]) -> S:
+    """Return the body as *shape*; raise MalformedJson or InvalidRequest with the place."""
+    raw = decode_object(await request.read())
+    try:
+        return msgspec.convert(raw, shape)
+    except msgspec.ValidationError as exc:
+        message, _, place = str(exc).partition(" - at `$.")
+        raise InvalidRequest(message, param=place.rstrip("`") or None) from exc
+
+
+def _loaded(request: web.Request) -> ModelView:
+    model_id = request.match_info["id"]
+    model = request.app[SERVICES].node.models.get(model_id)
+    if model is None:
+        raise not_loaded(model_id)
+    return model
+
+
+def _entry(model: ModelView, created: int) -> ModelEntry:
+    context = model.limits.max_context_tokens if model.limits else msgspec.UNSET
+    return ModelEntry(
+        id=model.id,
+        created=created,
+        owned_by=OWNER,
+        loaded=True,
+        context_length=context,
+        max_model_len=context,
+    )
+
+
+async def _text_side(services: Services, model_id: str) -> TextView:
+    try:
+        return servable(services.node, model_id)[1]
+    except ApiError as not_now:
+        try:
+            return await services.cached.text_side(model_id)
+        except ModelNotFound:
+            raise not_now from None
+
+
+def _tokens(text: TextView, asked: TokenizeRequest) -> list[int]:
+    if asked.messages is not None:
+        return text.chat_prompt(asked.messages, asked.chat_template_kwargs)
+    return text.text_prompt(asked.prompt or "")

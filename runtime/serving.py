@@ -1,0 +1,217 @@
+"""The life of a neuron, in order: look, bind, fork, listen, load, serve, drain, exit.
+
+What can be wrong with the configuration or the address is found before anything is started. The
+fork server is launched on the main thread, before any loop or thread; uvloop runs the rest.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import signal
+import socket
+from collections.abc import Awaitable, Coroutine, Sequence
+from dataclasses import dataclass
+
+import structlog
+import uvloop
+from aiohttp import web
+
+from cortex.ipc import service_manager
+from cortex.ipc.taps import SUPERVISOR, Tap
+from cortex.runtime import fork_server
+from cortex.runtime.activation import Activation
+from cortex.runtime.app import build_app, build_services
+from cortex.runtime.config import (
+    DeviceSpec,
+    NeuronConfig,
+    cuda_visible_devices,
+)
+from cortex.runtime.device_budget import resolve_devices
+from cortex.runtime.discovery import GpuProbe, Inventory, NvmlProbe
+from cortex.runtime.host import Host
+from cortex.runtime.node import Node
+from cortex.runtime.readings import Readings
+from cortex.runtime.routes import Services
+from cortex.runtime.supervisor import Supervisor
+from cortex.runtime.version import Build
+
+BACKLOG = 1024
+LAST_FRAMES_SECONDS = 5.0
+"""After the drain, for requests that were just failed to tell their clients so."""
+
+log = structlog.get_logger()
+
+
+class CannotListen(OSError):
+    """The address cannot be bound; the text says which and why."""
+
+
+def serve(config: NeuronConfig) -> None:
+    """Run the neuron until it is told to stop; raise ConfigError or CannotListen."""
+    host = Surroundings.look()
+    devices = resolve_devices(config, host.inventory, Host.read())
+    listener = bind(*config.address)
+    fork_server.prepare()
+    uvloop.run(_serve(config, devices, listener, host))
+
+
+@dataclass(frozen=True, slots=True)
+class Surroundings:
+    """What does not change while the neuron lives: the GPUs there are, and the build it is."""
+
+    probe: GpuProbe
+    inventory: Inventory
+    build: Build
+
+    @classmethod
+    def look(cls) -> Surroundings:
+        """Ask the driver and the installed packages."""
+        probe = NvmlProbe()
+        inventory = probe.inventory().visible(cuda_visible_devices())
+        return cls(probe, inventory, Build.read())
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """Return a socket that owns the address but does not listen yet; raise CannotListen."""
+    try:
+        family, *_, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        listener = socket.socket(family, socket.SOCK_STREAM)
+    except OSError as exc:
+        raise CannotListen(f"cannot listen on {host}:{port}: {exc.strerror or exc}") from exc
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind(address)
+        listener.listen(BACKLOG)  # only now does a second neuron on this port fail
+    except OSError as exc:
+        listener.close()
+        raise CannotListen(f"cannot listen on {host}:{port}: {exc.strerror}") from exc
+    return listener
+
+
+class Stop:
+    """The stop that was asked for; asking again hurries it."""
+
+    def __init__(self) -> None:
+        self.asked = asyncio.Event()
+        self._is_hurried = False
+        self._deadline: asyncio.Timeout | None = None
+
+    def ask(self) -> None:
+        """Ask for the stop: the first time in good order, then at once."""
+        if self.asked.is_set():
+            self._is_hurried = True
+            if self._deadline is not None and not self._deadline.expired():
+                self._deadline.reschedule(asyncio.get_running_loop().time())
+        self.asked.set()
+
+    async def patiently(self, finished: Awaitable[None], seconds: float) -> bool:
+        """Wait for *finished*, at most *seconds* or until hurried; return whether it came."""
+        try:
+            async with asyncio.timeout(0 if self._is_hurried else seconds) as self._deadline:
+                await finished
+        except TimeoutError:
+            return False
+        finally:
+            self._deadline = None
+        return True
+
+
+async def _serve(
+    config: NeuronConfig,
+    devices: list[DeviceSpec],
+    listener: socket.socket,
+    host: Surroundings,
+) -> None:
+    stop = Stop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop.ask)
+    port: int = listener.getsockname()[1]
+    with contextlib.closing(_tap(config, port)) as tap:
+        supervisor = Supervisor(
+            devices,
+            cache_directory=config.cache_directory,
+            taps=tap,
+            file_roots=None if config.is_loopback else (),
+            log_level=config.log_level,
+        )
+        async with supervisor as node:
+            readings = Readings(host.probe, host.inventory, node.devices)
+            await readings.refresh()
+            activation = Activation(config.models)
+            services = build_services(
+                config,
+                node,
+                inventory=host.inventory,
+                readings=readings,
+                activation=activation,
+                tap=tap,
+                build=host.build,
+            )
+            beside = [
+                readings.keep_fresh(),
+                activation.run(node),
+                service_manager.feed_watchdog(),
+            ]
+            await run(services, listener, stop, config.drain_seconds, beside)
+
+
+async def run(
+    services: Services,
+    listener: socket.socket,
+    stop: Stop,
+    drain_seconds: float,
+    beside: Sequence[Coroutine[None, None, None]],
+) -> None:
+    """Listen, and serve until *stop* is asked for; drain. *beside* runs as long as that."""
+    node = services.node
+    runner = web.AppRunner(
+        build_app(services),
+        access_log=None,
+        handler_cancellation=True,
+        shutdown_timeout=LAST_FRAMES_SECONDS,
+    )
+    await runner.setup()
+    await web.SockSite(runner, listener, backlog=BACKLOG).start()
+    service_manager.notify("READY=1")
+    log.info("neuron listening", address=_name(listener), devices=_names(node))
+    async with asyncio.TaskGroup() as tasks:
+        running = [tasks.create_task(work) for work in beside]
+        await stop.asked.wait()
+        await _drain(services, node, stop, drain_seconds)
+        for task in running:
+            task.cancel()
+    await runner.cleanup()
+    log.info("neuron stopped")
+
+
+async def _drain(services: Services, node: Node, stop: Stop, seconds: float) -> None:
+    """Refuse what is new, let what runs finish, and fail what does not in time."""
+    service_manager.notify("STOPPING=1")
+    services.report.is_draining = True
+    services.inference.refuse_new()
+    log.info("neuron draining", patience_seconds=seconds)
+    if not await stop.patiently(services.inference.idle(), seconds):
+        log.warning("requests cut off by the stop")
+    await node.drain(0)
+
+
+def _tap(config: NeuronConfig, port: int) -> Tap:
+    """Return the supervisor's tap; one that cannot be bound is no reason not to serve."""
+    if not config.taps.enabled:
+        return Tap(None, SUPERVISOR)
+    directory = config.tap_directory(port)
+    try:
+        return Tap(directory, SUPERVISOR)
+    except OSError as exc:
+        log.warning("debug tap not bound", directory=str(directory), error=str(exc))
+        return Tap(None, SUPERVISOR)
+
+
+def _name(listener: socket.socket) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"[{host}]:{port}" if listener.family == socket.AF_INET6 else f"{host}:{port}"
+
+
+def _names(node: Node) -> list[str]:
+    return [device.spec.name for device in node.devices]

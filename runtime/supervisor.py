@@ -1,0 +1,264 @@
+"""The neuron's heart: owns its devices and its models, and is the only writer of their states.
+
+    devices     one task each lets one life follow another (``device_process.py``)
+    models      a table by id (``served_model.py``); loads queue up, one at a time per device
+
+A device that is lost takes its generations with it and makes its models RECOVERING; when it is
+ready again they are loaded again, as they were. Every task lives in one TaskGroup: what goes wrong
+with a model or a device is recorded there, and an exception that nobody expected ends the daemon
+with its traceback instead of being lost.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import itertools
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import structlog
+import zmq.asyncio
+
+from cortex.ipc.errors import ApiError, Conflict, RouteNotFound, ShuttingDown
+from cortex.ipc.messages import SamplingParams
+from cortex.ipc.node_api import LoadRequest
+from cortex.ipc.taps import Tap
+from cortex.runtime import device_state
+from cortex.runtime.config import DeviceSpec
+from cortex.runtime.device_choice import choose_device
+from cortex.runtime.device_life import DeviceLife, Life
+from cortex.runtime.device_process import Clock, DeviceProcess
+from cortex.runtime.fork_server import ForkServer
+from cortex.runtime.generation import Generation
+from cortex.runtime.model_files import ModelFiles
+from cortex.runtime.model_loads import Files, ModelLoads
+from cortex.runtime.model_state import FAILED_SHOWN_SECONDS, State, phase
+from cortex.runtime.sampling import operator_sampling
+from cortex.runtime.served_model import ServedModel, not_loaded
+
+STOP_GRACE_SECONDS = 5.0
+DRAIN_RETRY_SECONDS = 15
+
+_log = structlog.get_logger()
+
+
+class Supervisor:
+    """Devices and models of one neuron; an async context manager, in the main thread's loop.
+
+    ``fork_server.prepare()`` has to come first. *file_roots* are what ``file:`` sources may read,
+    None is any. *begin_life* and *files* are for tests.
+    """
+
+    def __init__(
+        self,
+        devices: Sequence[DeviceSpec],
+        *,
+        cache_directory: Path,
+        taps: Tap,
+        file_roots: Sequence[Path] | None = None,
+        log_level: str = "info",
+        clock: Clock = time.monotonic,
+        begin_life: Callable[[DeviceSpec, itertools.count[int]], Life] | None = None,
+        backoff: Callable[[int], float] = device_state.backoff_seconds,
+        files: Files | None = None,
+    ) -> None:
+        self.is_draining = False
+        self._clock = clock
+        self._taps = taps
+        self._log_level = log_level
+        self._begin_life = begin_life
+        self._files: Files = files or ModelFiles(cache_directory, file_roots)
+        self._models: dict[str, ServedModel] = {}
+        self._loads = ModelLoads(self._files, self.free_bytes, clock)
+        self._tasks = asyncio.TaskGroup()
+        self._exits = contextlib.ExitStack()
+        self.devices = [
+            DeviceProcess(spec, self._begin, clock=clock, backoff=backoff) for spec in devices
+        ]
+
+    @property
+    def models(self) -> Mapping[str, ServedModel]:
+        """Models by id; a failed one is shown for ten minutes."""
+        for model in list(self._models.values()):
+            is_old = self._clock() - model.since >= FAILED_SHOWN_SECONDS
+            if model.state is State.FAILED and is_old:
+                del self._models[model.id]
+        return self._models
+
+    async def __aenter__(self) -> Self:
+        self._exits.callback(self._files.close)
+        if self._begin_life is None:
+            self._begin_life = self._real_lives()
+        await self._tasks.__aenter__()
+        for device in self.devices:
+            device.on_change = self._device_changed
+            self._tasks.create_task(device.run(), name=f"device {device.spec.name}")
+        return self
+
+    async def __aexit__(
+        self,
+        type_: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.is_draining = True
+        with self._exits:
+            try:
+                await self._stop()
+            finally:
+                if isinstance(error, Exception):  # the caller's own: let it out as it is, ungrouped
+                    type_ = error = traceback = None
+                await self._tasks.__aexit__(type_, error, traceback)
+
+    async def load(self, request: LoadRequest) -> ServedModel:
+        """Queue a load; the same one again is the same load.
+
+        Raise Unloadable for what cannot work, LoadedDifferently for a model that is here otherwise.
+        """
+        self._refuse_while_draining()
+        operator_sampling(request)
+        known = self.models.get(request.model_id)
+        if known is not None and known.state is State.UNLOADING:
+            raise Conflict(f"model {known.id!r} is being unloaded: try again when it is gone")
+        if known is not None and known.state is not State.FAILED:
+            known.refuse_other(request)
+            return known
+        self._files.refuse(request)
+        device = choose_device(request, self.devices, self.free_bytes)
+        model = self._models[request.model_id] = ServedModel(request, device, self._clock)
+        model.bringing_up = self._tasks.create_task(self._loads.bring_up(model))
+        return model
+
+    async def loaded(self, model_id: str) -> ServedModel:
+        """Return the model once it is loaded; raise what it failed with, ModelNotFound if gone."""
+        model = self._find(model_id)
+        await model.until_settled()
+        return model
+
+    async def unload(self, model_id: str, force: bool = False) -> None:
+        """Unload, or stop a load; raise Conflict while requests run on it, unless *force*."""
+        model = self._find(model_id)
+        model.refuse_unload(force=force)
+        model.begin_unload()
+        unloading = self._tasks.create_task(self._take_off(model))
+        error = await asyncio.shield(unloading)  # the unload goes on where nobody waits for it
+        if error is not None:
+            raise error
+
+    async def restart_device(self, index: int, force: bool = False) -> None:
+        """Give a device a new process and wait for it; raise Conflict while busy, unless *force*.
+
+        Its models are loaded again. A device that was given up is tried anew.
+        """
+        self._refuse_while_draining()
+        device = next((device for device in self.devices if device.spec.index == index), None)
+        if device is None:
+            raise RouteNotFound(f"this neuron has no device {index}")
+        if not force:
+            self._refuse_while_busy(device)
+        device.restart()
+        await device.become_ready()
+
+    def generate(
+        self, model_id: str, prompt_token_ids: list[int], sampling: SamplingParams
+    ) -> Generation:
+        """Start a sequence.
+
+        Raise ModelNotFound, ModelLoading, Recovering, ShuttingDown, or NodeFailed where the model's
+        device was given up.
+        """
+        self._refuse_while_draining()
+        model = self._find(model_id)
+        model.refuse_unless_loaded()
+        return model.device.generate(model_id, prompt_token_ids, sampling)
+
+    def free_bytes(self, device: DeviceProcess) -> int:
+        """Return what is left of a device's budget."""
+        held = (
+            model.footprint.total_bytes
+            for model in self._models.values()
+            if model.device is device and model.footprint is not None
+        )
+        return device.spec.memory_bytes - sum(held)
+
+    async def drain(self, timeout_seconds: float) -> None:
+        """Take nothing new and let what runs finish; what still runs in the end fails."""
+        self.is_draining = True
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(timeout_seconds):
+                for generation in self._running():
+                    await generation.ended.wait()
+        for generation in self._running():
+            generation.cancel()
+            generation.fail(ShuttingDown("the neuron stops and this request took too long"))
+
+    def _running(self) -> list[Generation]:
+        return [generation for device in self.devices for generation in device.generations]
+
+    def _find(self, model_id: str) -> ServedModel:
+        model = self.models.get(model_id)
+        if model is None:
+            raise not_loaded(model_id)
+        return model
+
+    def _refuse_while_draining(self) -> None:
+        if self.is_draining:
+            raise ShuttingDown("the neuron stops", retry_after_seconds=DRAIN_RETRY_SECONDS)
+
+    def _refuse_while_busy(self, device: DeviceProcess) -> None:
+        running = len(device.generations)
+        moving = [
+            model.id
+            for model in self._models.values()
+            if model.device is device and model.state in {State.LOADING, State.UNLOADING}
+        ]
+        if running or moving:
+            what = f"{running} requests run" if running else f"{', '.join(moving)} is on the way"
+            raise Conflict(f"device {device.spec.name} is busy: {what}; wait, or use force")
+
+    def _begin(self, spec: DeviceSpec, ids: itertools.count[int]) -> Life:
+        assert self._begin_life is not None, "devices live inside the supervisor's context"
+        return self._begin_life(spec, ids)
+
+    def _real_lives(self) -> Callable[[DeviceSpec, itertools.count[int]], Life]:
+        server = ForkServer()
+        context = zmq.asyncio.Context(io_threads=1)
+        self._exits.callback(server.close)
+        self._exits.callback(context.destroy, linger=0)
+        return lambda spec, ids: DeviceLife(
+            spec,
+            ids,
+            fork=server.fork,
+            context=context,
+            tap=self._taps,
+            log_level=self._log_level,
+        )
+
+    async def _take_off(self, model: ServedModel) -> ApiError | None:
+        error = await self._loads.take_off(model)
+        if error is None:
+            del self._models[model.id]
+            _log.info("model unloaded", model=model.id, device=model.device.spec.name)
+        return error
+
+    async def _stop(self) -> None:
+        for model in self._models.values():
+            if model.bringing_up is not None:
+                model.bringing_up.cancel()
+            if phase(model.state) is not None or model.state is State.RECOVERING:
+                model.fail(ShuttingDown("the neuron stops"))
+        await asyncio.gather(*(device.stop(STOP_GRACE_SECONDS) for device in self.devices))
+
+    def _device_changed(self, device: DeviceProcess, before: device_state.State) -> None:
+        was_ready = before is device_state.State.READY
+        models = [model for model in self._models.values() if model.device is device]
+        for model in models:
+            if was_ready and not device.is_ready:
+                model.lose_device()
+            model.look_again()
+            if model.state is State.RECOVERING and device.is_ready and not self.is_draining:
+                model.bringing_up = self._tasks.create_task(self._loads.recover(model))

@@ -1,0 +1,133 @@
+"""What each loaded model has to do right now, and how fast it has been lately.
+
+Rates        moving means of prefill and decode speed, per request
+Traffic      one model's seats, rates, and the tokens its running requests hold
+Traffics     that of every model; a model that was loaded anew begins anew
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+
+from cortex.ipc.node_api import ModelLoad
+from cortex.runtime.admission import Admission
+from cortex.runtime.config import AdmissionConfig
+from cortex.runtime.node import ModelView
+
+MIB = 2**20
+WEIGHT_OF_NEW = 0.2
+
+
+class Rates:
+    """Tokens per second, as exponential moving means over requests; 0 before the first."""
+
+    def __init__(self) -> None:
+        self.prefill = 0.0
+        self.decode = 0.0
+
+    def prefilled(self, tokens: int, seconds: float) -> None:
+        """Learn from a prompt that took *seconds* to its first token."""
+        self.prefill = _mean(self.prefill, tokens, seconds)
+
+    def decoded(self, tokens: int, seconds: float) -> None:
+        """Learn from *tokens* that came after the first one in *seconds*."""
+        self.decode = _mean(self.decode, tokens, seconds)
+
+
+def _mean(before: float, tokens: int, seconds: float) -> float:
+    if tokens < 1 or seconds <= 0:  # says nothing
+        return before
+    now = tokens / seconds
+    return now if before == 0 else before + WEIGHT_OF_NEW * (now - before)
+
+
+class Traffic:
+    """One model's requests; *model* is one load of it."""
+
+    def __init__(self, model: ModelView, limits: AdmissionConfig) -> None:
+        self.model = model
+        self.rates = Rates()
+        self.admission = Admission(
+            limits.max_in_flight, limits.max_queue_depth, limits.max_wait_seconds
+        )
+        self._held_tokens: dict[object, int] = {}
+
+    @contextlib.contextmanager
+    def holding(self, prompt_tokens: int) -> Iterator[TokensHeld]:
+        """Count the tokens that one running request holds in the KV cache."""
+        held = TokensHeld(self._held_tokens, prompt_tokens)
+        try:
+            yield held
+        finally:
+            held.release()
+
+    def load(self) -> ModelLoad:
+        """Return what ``/health`` says of the model."""
+        seats = self.admission.seats
+        budget_mb, available_mb = self._kv_mb()
+        return ModelLoad(
+            id=self.model.id,
+            in_flight=seats.in_flight,
+            queue_depth=seats.queue_depth,
+            max_in_flight=seats.max_in_flight,
+            max_queue_depth=seats.max_queue_depth,
+            kv_budget_mb=budget_mb,
+            kv_available_mb=available_mb,
+            tok_s_prefill=round(self.rates.prefill, 1),
+            tok_s_decode=round(self.rates.decode, 1),
+        )
+
+    def _kv_mb(self) -> tuple[int, int]:
+        """Return the KV cache's megabytes, and those that no running request holds."""
+        footprint, limits = self.model.footprint, self.model.limits
+        if footprint is None or limits is None or not limits.kv_cache_tokens:
+            return 0, 0
+        held = min(sum(self._held_tokens.values()), limits.kv_cache_tokens)
+        free_bytes = footprint.kv_bytes * (limits.kv_cache_tokens - held) // limits.kv_cache_tokens
+        return footprint.kv_bytes // MIB, free_bytes // MIB
+
+
+class TokensHeld:
+    """The tokens of one request, in a table that all requests of the model share."""
+
+    def __init__(self, table: dict[object, int], tokens: int) -> None:
+        self._table = table
+        table[self] = tokens
+
+    def add(self, tokens: int) -> None:
+        """Count *tokens* more."""
+        self._table[self] += tokens
+
+    def release(self) -> None:
+        """Count nothing any more."""
+        del self._table[self]
+
+
+class Traffics:
+    """The traffic of every model that is there."""
+
+    def __init__(self, limits: AdmissionConfig) -> None:
+        self._limits = limits
+        self._all: dict[str, Traffic] = {}
+        self._is_closed = False
+
+    def of(self, model: ModelView) -> Traffic:
+        """Return the traffic of this load of *model*."""
+        known = self._all.get(model.id)
+        if known is None or known.model is not model:
+            known = self._all[model.id] = Traffic(model, self._limits)
+            if self._is_closed:
+                known.admission.close()
+        return known
+
+    def forget_all_but(self, model_ids: frozenset[str]) -> None:
+        """Forget the models that are gone."""
+        for gone in self._all.keys() - model_ids:
+            del self._all[gone]
+
+    def close(self) -> None:
+        """Admit nobody any more; who waits is sent home."""
+        self._is_closed = True
+        for traffic in self._all.values():
+            traffic.admission.close()

@@ -1,0 +1,295 @@
+"""A supervisor that plays a script, and a client of the real application in front of it.
+
+FakeNode        devices, models and generations without any process; ``node.script`` says what the
+                next generation does: batches of records, errors to raise, events to wait for
+serving         the real application, over real HTTP, in front of a FakeNode
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self
+
+from aiohttp import ClientResponse
+from aiohttp.test_utils import TestClient, TestServer
+from aiohttp.web import Application, Request
+
+from cortex.ipc.errors import ApiError, ModelLoading, Recovering
+from cortex.ipc.messages import Footprint, Hello, SamplingParams
+from cortex.ipc.node_api import DeviceState, LoadRequest, ModelStatus, Progress, Servable
+from cortex.ipc.ring import Flag, TokenRecord
+from cortex.ipc.taps import SUPERVISOR, Tap
+from cortex.runtime.activation import Activation
+from cortex.runtime.app import build_app, build_services
+from cortex.runtime.chat_template import ChatTemplate
+from cortex.runtime.config import CacheConfig, DeviceSpec, NeuronConfig
+from cortex.runtime.discovery import Gpu, Inventory, Reading
+from cortex.runtime.inference import Timing
+from cortex.runtime.readings import Readings
+from cortex.runtime.served_model import Limits, not_loaded
+from cortex.runtime.text import GenerationDefaults, TextSide
+from cortex.runtime.tokenizer import Tokenizer
+from cortex.runtime.version import Build
+from tiny_text import trained
+
+MIB = 2**20
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+BUILD = Build("0.1.0", "0123abc", "2.13.0", None)
+Step = list[TokenRecord] | ApiError | Exception | asyncio.Event
+
+
+@functools.cache
+def tiny_text() -> TextSide:
+    """Return a small real text side: byte-level BPE, ChatML."""
+    backend = trained("smollm")
+    stop = backend.token_to_id("<|im_end|>")
+    assert stop is not None, "it is one of the tiny tokenizer's special tokens"
+    specials = {"eos_token": "<|im_end|>"}
+    return TextSide(
+        tokenizer=Tokenizer(backend, specials),
+        template=ChatTemplate(CHATML, specials),
+        generation=GenerationDefaults(),
+        stop_token_ids=(stop,),
+    )
+
+
+def says(text: str, finish: Flag | None = Flag.STOP) -> list[list[TokenRecord]]:
+    """Return one batch per token of *text*, and a finish: STOP in a record of its own."""
+    side = tiny_text()
+    batches = [[record(token)] for token in side.text_prompt(text)]
+    if finish is Flag.STOP:
+        batches.append([record(side.stop_token_ids[0], Flag.TOKEN | Flag.STOP)])
+    elif finish is not None:
+        last = batches[-1][0]
+        batches[-1] = [last._replace(flags=last.flags | finish)]
+    return batches
+
+
+def record(token_id: int, flags: Flag = Flag.TOKEN) -> TokenRecord:
+    """Return a record of sequence 1."""
+    return TokenRecord(1, token_id, float("nan"), int(flags))
+
+
+@dataclass
+class FakeDevice:
+    """A device at rest."""
+
+    spec: DeviceSpec
+    state: DeviceState = "ready"
+    cycles: int = 0
+    pid: int | None = None
+    hello: Hello | None = None
+
+
+@dataclass
+class FakeModel:
+    """A model in whatever state the test wants."""
+
+    request: LoadRequest
+    device: FakeDevice
+    status: ModelStatus = "loaded"
+    progress: Progress | None = None
+    failure: str | None = None
+    footprint: Footprint | None = field(
+        default_factory=lambda: Footprint(93 * MIB, 40 * MIB, 5 * MIB)
+    )
+    limits: Limits | None = field(default_factory=lambda: Limits(512, 8, 1024))
+    text: TextSide | None = field(default_factory=tiny_text)
+
+    @property
+    def id(self) -> str:
+        """The name it is asked by."""
+        return self.request.model_id
+
+    @property
+    def servable(self) -> Servable:
+        """Loaded is servable."""
+        return Servable(ok=self.status == "loaded")
+
+    def refuse_unless_loaded(self) -> None:
+        """As the real one."""
+        if self.status == "loading":
+            raise ModelLoading("on its way", retry_after_seconds=2)
+        if self.status == "recovering":
+            raise Recovering("coming back", retry_after_seconds=2)
+        if self.status != "loaded":
+            raise not_loaded(self.id, self.failure)
+
+
+class FakeGeneration:
+    """Plays a script; ``cancelled`` is set once its context was left before the script's end."""
+
+    def __init__(self, script: Sequence[Step]) -> None:
+        self.cancelled = asyncio.Event()
+        self._script = list(script)
+
+    def cancel(self) -> None:
+        """Note it."""
+        self.cancelled.set()
+
+    def __aiter__(self) -> Self:
+        return self
+
+    async def __anext__(self) -> list[TokenRecord]:
+        while self._script and isinstance(gate := self._script[0], asyncio.Event):
+            await gate.wait()
+            self._script.pop(0)
+        if not self._script:
+            raise StopAsyncIteration
+        step = self._script.pop(0)
+        if isinstance(step, Exception):
+            raise step
+        assert isinstance(step, list)
+        return step
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._script:
+            self.cancel()
+
+
+class FakeNode:
+    """What the routes see of a supervisor."""
+
+    def __init__(self, *model_ids: str) -> None:
+        self.devices = [FakeDevice(DeviceSpec(0, "cpu:0", 1024 * MIB, 2))]
+        self.models: dict[str, FakeModel] = {}
+        self.script: Sequence[Step] = says("Paris.")
+        self.generations: list[FakeGeneration] = []
+        self.asked: list[tuple[str, list[int], SamplingParams]] = []
+        self.acts: list[tuple[str, Any]] = []
+        self.refusal: Exception | None = None
+        self.started = asyncio.Event()
+        self.load_may_end = asyncio.Event()
+        self.load_may_end.set()
+        self.new_models_are: ModelStatus = "loading"
+        for model_id in model_ids:
+            self.models[model_id] = FakeModel(LoadRequest(model_id), self.devices[0])
+
+    async def load(self, request: LoadRequest) -> FakeModel:
+        """Queue it."""
+        self._act("load", request)
+        new = FakeModel(request, self.devices[0], status=self.new_models_are)
+        return self.models.setdefault(request.model_id, new)
+
+    async def loaded(self, model_id: str) -> FakeModel:
+        """Wait until the test lets it be loaded."""
+        await self.load_may_end.wait()
+        self._act("loaded", model_id)
+        self.models[model_id].status = "loaded"
+        return self.models[model_id]
+
+    async def unload(self, model_id: str, force: bool) -> None:
+        """Forget it."""
+        self._act("unload", (model_id, force))
+        if self.models.pop(model_id, None) is None:
+            raise not_loaded(model_id)
+
+    async def restart_device(self, index: int, force: bool) -> None:
+        """Note it."""
+        self._act("restart", (index, force))
+
+    def generate(
+        self, model_id: str, prompt_token_ids: list[int], sampling: SamplingParams
+    ) -> FakeGeneration:
+        """Play ``script``."""
+        if self.refusal is not None:
+            raise self.refusal
+        self.asked.append((model_id, prompt_token_ids, sampling))
+        generation = FakeGeneration(self.script)
+        self.generations.append(generation)
+        self.started.set()
+        return generation
+
+    async def drain(self, timeout_seconds: float) -> None:
+        """Note it."""
+        self._act("drain", timeout_seconds)
+
+    def _act(self, verb: str, what: Any) -> None:
+        self.acts.append((verb, what))
+        if self.refusal is not None:
+            raise self.refusal
+
+
+class FakeProbe:
+    """GPUs that say what the test told them; a reading that is an exception is raised."""
+
+    def __init__(self, *gpus: Gpu, reason: str | None = None) -> None:
+        self.gpus = gpus
+        self.reason = reason
+        self.readings: dict[int, Reading | Exception] = {}
+
+    def inventory(self) -> Inventory:
+        """Return the GPUs."""
+        return Inventory(self.gpus, unavailable_reason=self.reason)
+
+    def read(self, gpu: Gpu) -> Reading:
+        """Return, or raise, what was set."""
+        reading = self.readings.get(gpu.index, Reading())
+        if isinstance(reading, Exception):
+            raise reading
+        return reading
+
+
+def application(
+    node: FakeNode,
+    config: NeuronConfig | None = None,
+    *,
+    cache: Path | None = None,
+    timing: Timing | None = None,
+    activation: Activation | None = None,
+    probe: FakeProbe | None = None,
+) -> Application:
+    """Return the real application in front of *node*; needs a running loop."""
+    config = config or NeuronConfig(cache=CacheConfig(str(cache or Path("/nonexistent"))))
+    probe = probe or FakeProbe(reason="no NVIDIA driver is installed")
+    inventory = probe.inventory()
+    return build_app(
+        build_services(
+            config,
+            node,
+            inventory=inventory,
+            readings=Readings(probe, inventory, node.devices),
+            activation=activation or Activation([]),
+            tap=Tap(None, SUPERVISOR),
+            build=BUILD,
+            timing=timing,
+        )
+    )
+
+
+@contextlib.asynccontextmanager
+async def serving(
+    node: FakeNode, **options: Any
+) -> AsyncIterator[TestClient[Request, Application]]:
+    """Serve *node*; the server cancels the handlers of clients that leave, as the real one."""
+    async with TestClient(TestServer(application(node, **options))) as client:
+        yield client
+
+
+@contextlib.asynccontextmanager
+async def posting(
+    node: FakeNode, path: str, body: Any, headers: dict[str, str] | None = None, **options: Any
+) -> AsyncIterator[ClientResponse]:
+    """Serve *node* and POST *body* as JSON."""
+    async with (
+        serving(node, **options) as client,
+        client.post(path, json=body, headers=headers) as response,
+    ):
+        yield response

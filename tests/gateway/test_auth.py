@@ -1,0 +1,146 @@
+"""Keys: who comes in, and what they may use."""
+
+from typing import Any
+
+import aiohttp
+import pytest
+
+from cortex.gateway.app import Gateway
+from cortex.gateway.catalogue import Catalogue
+from cortex.gateway.config import Entitlements, GatewayConfig, Key
+from fakes import FakeNeuron, gateway_config
+
+CHAT = "/v1/chat/completions"
+BODY = {"model": "qwen3-8b", "messages": []}
+KEYS = (
+    Key("sk-everything", "boss"),
+    Key("sk-only-small", "guest", ["small"]),
+    Key("sk-only-qwen", "friend", ["nick"]),
+)
+CATALOGUE = Catalogue({}, {"nick": "qwen3-8b"})
+
+
+def guarded(neuron: FakeNeuron, *, required: bool) -> GatewayConfig:
+    return gateway_config(neuron, entitlements=Entitlements(require_auth=required, keys=KEYS))
+
+
+async def ask(
+    session: aiohttp.ClientSession, gateway: Gateway, path: str = CHAT, **headers: str
+) -> tuple[int, Any]:
+    async with session.post(gateway.url + path, json=BODY, headers=headers) as response:
+        return response.status, await response.json()
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [
+        {"Authorization": "Bearer sk-everything"},
+        {"Authorization": "bearer  sk-everything"},
+        {"x-api-key": "sk-everything"},
+        {"Authorization": "Basic abc", "x-api-key": "sk-everything"},
+    ],
+    ids=str,
+)
+async def test_a_key_lets_in(
+    neuron: FakeNeuron, session: aiohttp.ClientSession, headers: dict[str, str]
+) -> None:
+    async with Gateway(guarded(neuron, required=True)) as gateway:
+        status, _ = await ask(session, gateway, **headers)
+
+    assert (status, neuron.received[0].headers["x-cortex-key"]) == (200, "boss")
+
+
+@pytest.mark.parametrize(
+    "headers",
+    [{}, {"Authorization": "Bearer wrong"}, {"x-api-key": "wrong"}, {"Authorization": "Bearer é"}],
+    ids=str,
+)
+@pytest.mark.parametrize("path", [CHAT, "/v1/messages", "/fleet/models/load"])
+async def test_without_a_right_key_it_is_401_where_keys_are_required(
+    neuron: FakeNeuron, session: aiohttp.ClientSession, headers: dict[str, str], path: str
+) -> None:
+    async with Gateway(guarded(neuron, required=True)) as gateway:
+        status, body = await ask(session, gateway, path, **headers)
+
+    assert (status, body["error"]["code"]) == (401, "invalid_api_key")
+    assert neuron.received == []
+
+
+@pytest.mark.parametrize("headers", [{}, {"Authorization": "Bearer placeholder"}], ids=str)
+async def test_placeholders_are_ignored_where_keys_are_optional(
+    neuron: FakeNeuron, session: aiohttp.ClientSession, headers: dict[str, str]
+) -> None:
+    async with Gateway(guarded(neuron, required=False)) as gateway:
+        status, _ = await ask(session, gateway, **headers)
+
+    assert (status, "x-cortex-key" in neuron.received[0].headers) == (200, False)
+
+
+@pytest.mark.parametrize("path", [CHAT, "/v1/completions"])
+async def test_a_key_may_be_kept_from_a_model(
+    neuron: FakeNeuron, session: aiohttp.ClientSession, path: str
+) -> None:
+    async with Gateway(guarded(neuron, required=False)) as gateway:
+        status, body = await ask(session, gateway, path, **{"x-api-key": "sk-only-small"})
+
+    assert (status, body["error"]["code"]) == (403, "model_not_allowed")
+    assert neuron.received == []
+
+
+async def test_a_key_may_name_its_models_by_alias(
+    neuron: FakeNeuron, session: aiohttp.ClientSession
+) -> None:
+    async with Gateway(guarded(neuron, required=True), CATALOGUE) as gateway:
+        status, _ = await ask(session, gateway, **{"x-api-key": "sk-only-qwen"})
+
+    assert status == 200
+
+
+async def test_a_key_sees_only_its_models(
+    neuron: FakeNeuron, session: aiohttp.ClientSession
+) -> None:
+    headers = {"x-api-key": "sk-only-small"}
+    async with Gateway(guarded(neuron, required=True)) as gateway:
+        await gateway.poller.first_round()
+        async with session.get(gateway.url + "/v1/models", headers=headers) as response:
+            listed = (await response.json())["data"]
+        url = gateway.url + "/v1/models/qwen3-8b"
+        async with session.get(url, headers=headers) as response:
+            status = response.status
+
+    assert (listed, status) == ([], 403)
+
+
+@pytest.mark.parametrize(("method", "path"), [("GET", "/health"), ("HEAD", "/"), ("GET", "/")])
+async def test_health_is_public(
+    neuron: FakeNeuron, session: aiohttp.ClientSession, method: str, path: str
+) -> None:
+    async with (
+        Gateway(guarded(neuron, required=True)) as gateway,
+        session.request(method, gateway.url + path) as response,
+    ):
+        assert response.status == 200
+
+
+@pytest.mark.parametrize("path", ["/v1/models", "/fleet", "/version"])
+async def test_nothing_else_is_public(
+    neuron: FakeNeuron, session: aiohttp.ClientSession, path: str
+) -> None:
+    async with (
+        Gateway(guarded(neuron, required=True)) as gateway,
+        session.get(gateway.url + path) as response,
+    ):
+        assert response.status == 401
+
+
+async def test_counting_tokens_of_a_forbidden_model_is_403(
+    neuron: FakeNeuron, session: aiohttp.ClientSession
+) -> None:
+    async with Gateway(guarded(neuron, required=True)) as gateway:
+        body = {"model": "qwen3-8b", "messages": [{"role": "user", "content": "x"}]}
+        headers = {"x-api-key": "sk-only-small"}
+        url = gateway.url + "/v1/messages/count_tokens"
+        async with session.post(url, json=body, headers=headers) as response:
+            said = await response.json()
+
+    assert (response.status, said["error"]["type"]) == (403, "permission_error")

@@ -1,0 +1,109 @@
+"""Profiles, aliases and what they mean."""
+
+from pathlib import Path
+
+import pytest
+
+from cortex.gateway.catalogue import BUILT_IN, Catalogue, Profile, catalogue_for, load_catalogue
+from cortex.gateway.config import ConfigError
+from cortex.ipc.node_api import EMBEDDED_MODEL, Limit, LoadRequest
+
+PACKAGING = Path(__file__).resolve().parents[2] / "packaging"
+
+
+def written(folder: Path, text: str, name: str = "models.toml") -> Path:
+    path = folder / name
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def test_the_example_loads() -> None:
+    catalogue = load_catalogue(PACKAGING / "models.example.toml", ["alpha", "beta"])
+
+    assert catalogue.target("claude-sonnet-local").id == "house-model"
+
+
+def test_everything_the_example_says_is_asked_of_the_node() -> None:
+    catalogue = load_catalogue(PACKAGING / "models.example.toml", ["alpha"])
+
+    assert catalogue.profiles["house-model"].load_request() == LoadRequest(
+        model_id="file:/srv/models/SmolLM2-135M-Instruct.Q4_1.gguf",
+        quant="Q4_1",
+        tensor_parallel=1,
+        devices=[0],
+        max_context_tokens=4096,
+        kv_cache_mb=512,
+        max_sequences=8,
+        sampling={"temperature": 0.0, "top_p": 1.0, "top_k": -1},
+    )
+
+
+def test_the_embedded_model_is_known_without_a_file() -> None:
+    assert BUILT_IN.target(EMBEDDED_MODEL).profile == Profile(EMBEDDED_MODEL)
+
+
+def test_a_name_that_nobody_wrote_down_means_itself() -> None:
+    target = BUILT_IN.target("org/model")
+
+    assert (target.id, target.node_id, target.profile) == ("org/model", "org/model", None)
+
+
+def test_a_source_is_the_name_on_nodes() -> None:
+    catalogue = Catalogue({"nice": Profile("nice", source="file:/x.gguf")})
+
+    assert catalogue.target("nice").node_id == "file:/x.gguf"
+    assert catalogue.public_id("file:/x.gguf") == "nice"
+    assert catalogue.target("file:/x.gguf").id == "nice"
+
+
+def test_a_declared_limit_is_spelt_as_nodes_do(tmp_path: Path) -> None:
+    path = written(tmp_path, '[[models]]\nid = "m"\nlimit = { context = 8 }\n')
+
+    assert load_catalogue(path, []).profiles["m"].known_limit() == Limit(context=8)
+
+
+def test_a_model_can_be_added() -> None:
+    assert BUILT_IN.with_profile("file:/x").target("file:/x").profile == Profile("file:/x")
+    assert BUILT_IN.with_profile(EMBEDDED_MODEL) is BUILT_IN
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('[[models]]\nid = "m"\n' * 2, "models: id 'm' is there twice"),
+        ('[[models]]\nid = "m"\npinned_on = ["x"]\n', "m: pinned_on: no neuron is called 'x'"),
+        ('aliases = { m = "n" }\n[[models]]\nid = "m"\n', "'m' is the id of a model already"),
+        ('aliases = { a = "b", b = "c" }\n', "'a' names 'b', itself an alias"),
+        ('[[models]]\nid = "m"\n\ncost = 3\n', "models.toml:4: models[0].cost: unknown option"),
+        (
+            '[[models]]\nid = "m"\nsampling = { temperature = 9 }\n',
+            "models.toml:3: models[0].sampling.temperature: expected `float` <= 2.0",
+        ),
+    ],
+)
+def test_a_wrong_catalogue_is_refused_in_words(tmp_path: Path, text: str, said: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_catalogue(written(tmp_path, text), [])
+
+    assert said in str(caught.value)
+
+
+def test_a_file_that_was_named_must_be_there(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="cannot read"):
+        catalogue_for("absent.toml", tmp_path / "cortex.toml", [])
+
+
+def test_the_file_beside_the_configuration_may_be_missing(tmp_path: Path) -> None:
+    assert catalogue_for(None, tmp_path / "cortex.toml", []) is BUILT_IN
+
+
+def test_the_file_beside_the_configuration_is_read(tmp_path: Path) -> None:
+    written(tmp_path, '[[models]]\nid = "m"\n')
+
+    assert "m" in catalogue_for(None, tmp_path / "cortex.toml", []).profiles
+
+
+def test_a_named_file_is_relative_to_the_configuration(tmp_path: Path) -> None:
+    written(tmp_path, '[[models]]\nid = "m"\n', "mine.toml")
+
+    assert "m" in catalogue_for("mine.toml", tmp_path / "cortex.toml", []).profiles

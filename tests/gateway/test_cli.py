@@ -1,0 +1,171 @@
+"""The command ``cortex``, as people type it."""
+
+import asyncio
+import os
+import signal
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import orjson
+import pytest
+
+from cortex.gateway.app import Gateway
+from cortex.gateway.version import package_version
+from fakes import FakeNeuron, gateway_config
+
+
+def cortex(*arguments: str, **environ: str) -> tuple[int, str, str]:
+    """Return exit status, stdout and stderr of ``cortex`` with *arguments*."""
+    done = subprocess.run(
+        [sys.executable, "-m", "cortex.gateway", *arguments],
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=60,
+        env={**os.environ, **environ},
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+def test_it_tells_its_version() -> None:
+    assert cortex("--version")[:2] == (0, f"cortex {package_version()}\n")
+
+
+def test_without_a_command_it_teaches() -> None:
+    _, out, err = cortex()
+
+    for command in ("up", "serve", "status", "chat"):
+        assert f"cortex {command}" in out + err
+
+
+@pytest.mark.parametrize("command", ["up", "serve", "status", "chat"])
+def test_every_command_has_help(command: str) -> None:
+    status, out, _ = cortex(command, "--help")
+
+    assert status == 0
+    assert "Usage: cortex" in out
+
+
+def test_a_wrong_configuration_is_one_sentence_and_2(tmp_path: Path) -> None:
+    path = tmp_path / "cortex.toml"
+    path.write_text('[gateway]\nlistn = "x"\n', encoding="utf-8")
+
+    status, _, err = cortex("serve", "--config", str(path))
+
+    assert (status, err) == (2, f"cortex: {path}:2: gateway.listn: unknown option\n")
+
+
+def test_a_taken_port_is_one_sentence_and_1(tmp_path: Path) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        address = f"127.0.0.1:{taken.getsockname()[1]}"
+        neuron = {"CORTEX_NEURONS__0__NAME": "a", "CORTEX_NEURONS__0__ENDPOINT": "http://a:1"}
+
+        status, _, err = cortex("serve", CORTEX_GATEWAY__LISTEN=address, **neuron)
+
+    assert status == 1
+    assert err.splitlines()[-1] == f"cortex: cannot listen on {address}: address already in use"
+    assert "Traceback" not in err
+
+
+def test_up_refuses_an_address_in_words() -> None:
+    status, _, err = cortex("up", "--listen", "nonsense")
+
+    assert (status, "Traceback" in err) == (2, False)
+    assert "nonsense" in err
+
+
+@pytest.mark.parametrize("command", [["status"], ["chat", "hi"]], ids=lambda c: c[0])
+def test_a_gateway_that_is_not_there_is_one_sentence_and_1(command: list[str]) -> None:
+    status, _, err = cortex(*command, "--endpoint", "http://127.0.0.1:9")
+
+    assert status == 1
+    assert err.startswith("cortex: no gateway answers at http://127.0.0.1:9")
+    assert "Traceback" not in err
+
+
+async def typed(gateway: Gateway, *arguments: str, said: str = "") -> tuple[int | None, str, str]:
+    """Return exit status, stdout and stderr of ``cortex`` that talks with *gateway*."""
+    process = await started(gateway, *arguments)
+    out, err = await process.communicate(said.encode())
+    return process.returncode, out.decode(), err.decode()
+
+
+async def started(gateway: Gateway, *arguments: str) -> asyncio.subprocess.Process:
+    await gateway.poller.first_round()
+    command = [sys.executable, "-m", "cortex.gateway", *arguments, "--endpoint", gateway.url]
+    pipe = asyncio.subprocess.PIPE
+    return await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, stderr=pipe)
+
+
+async def test_status_shows_the_fleet(neuron: FakeNeuron) -> None:
+    async with Gateway(gateway_config(neuron)) as gateway:
+        status, out, _ = await typed(gateway, "status")
+
+    assert (status, "ok: 1 of 1 nodes up" in out) == (0, True)
+
+
+async def test_status_shows_json(neuron: FakeNeuron) -> None:
+    async with Gateway(gateway_config(neuron)) as gateway:
+        _, out, _ = await typed(gateway, "status", "--json")
+
+    assert orjson.loads(out)["nodes"][0]["name"] == "a"
+
+
+async def test_chat_answers_one_question(neuron: FakeNeuron) -> None:
+    async with Gateway(gateway_config(neuron)) as gateway:
+        status, out, _ = await typed(gateway, "chat", "--model", "qwen3-8b", "hi")
+
+    assert (status, out) == (0, "Hello world\n")
+
+
+async def test_chat_without_a_question_is_a_conversation(neuron: FakeNeuron) -> None:
+    async with Gateway(gateway_config(neuron)) as gateway:
+        status, out, _ = await typed(gateway, "chat", said="hi\n\nand you?\n")
+
+    assert (status, out.count("Hello world\n")) == (0, 2)
+    assert [turn["content"] for turn in neuron.received[1].body["messages"]] == [
+        "hi",
+        "Hello world",
+        "and you?",
+    ]
+
+
+async def test_an_interrupted_answer_is_no_traceback(neuron: FakeNeuron) -> None:
+    neuron.may_finish.clear()
+
+    async with Gateway(gateway_config(neuron)) as gateway:
+        process = await started(gateway, "chat", "hi")
+        await neuron.answering.wait()
+        process.send_signal(signal.SIGINT)
+        _, err = await process.communicate()
+
+    assert (process.returncode, err) == (130, b"")
+
+
+async def test_an_interrupted_answer_does_not_end_a_conversation(neuron: FakeNeuron) -> None:
+    neuron.may_finish.clear()
+
+    async with Gateway(gateway_config(neuron)) as gateway:
+        process = await started(gateway, "chat")
+        assert process.stdin is not None
+        process.stdin.write(b"hi\n")
+        await neuron.answering.wait()
+        process.send_signal(signal.SIGINT)
+        await neuron.cancelled.wait()
+        neuron.may_finish.set()
+        out, err = await process.communicate(b"again\n")
+
+    assert (process.returncode, b"(interrupted)" in err) == (0, True)
+    assert out.endswith(b"Hello world\n> \n")
+    assert len(neuron.received[-1].body["messages"]) == 1
+
+
+async def test_a_refusal_in_a_chat_is_one_sentence(neuron: FakeNeuron) -> None:
+    async with Gateway(gateway_config(neuron)) as gateway:
+        status, _, err = await typed(gateway, "chat", "--model", "nobody-has-it", "hi")
+
+    assert (status, err.startswith("cortex: nobody serves the model 'nobody-has-it'")) == (1, True)

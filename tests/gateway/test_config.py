@@ -1,0 +1,177 @@
+"""What the gateway says about its configuration."""
+
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from cortex.gateway.catalogue import ModelsFile
+from cortex.gateway.config import (
+    Anthropic,
+    ConfigError,
+    Entitlements,
+    GatewayConfig,
+    Key,
+    Listening,
+    Neuron,
+    Part,
+    Timeouts,
+    load_config,
+    split_address,
+)
+
+PACKAGING = Path(__file__).resolve().parents[2] / "packaging"
+NEURONS = '[[neurons]]\nname = "a"\nendpoint = "http://a:13131/"\n'
+
+
+def written(folder: Path, text: str) -> Path:
+    path = folder / "cortex.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refusal(folder: Path, text: str, **environ: str) -> str:
+    """Return what is said about *text*, without the folder."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(written(folder, text), environ)
+    return str(caught.value).replace(f"{folder}/", "")
+
+
+def test_the_example_equals_the_defaults() -> None:
+    config, _ = load_config(PACKAGING / "cortex.example.toml", {})
+
+    assert msgspec.structs.replace(config, neurons=()) == GatewayConfig()
+
+
+@pytest.mark.parametrize(
+    "shape",
+    [GatewayConfig, Listening, Neuron, Anthropic, Entitlements, Key, Timeouts],
+    ids=lambda shape: shape.__name__,
+)
+def test_every_option_is_in_the_example(shape: type[Part]) -> None:
+    text = (PACKAGING / "cortex.example.toml").read_text(encoding="utf-8")
+
+    assert [name for name in shape.__struct_fields__ if name not in text] == []
+
+
+def test_an_endpoint_loses_its_trailing_slash(tmp_path: Path) -> None:
+    config, _ = load_config(written(tmp_path, NEURONS), {})
+
+    assert config.neurons[0].url == "http://a:13131"
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ('[gateway]\n\nlistn = "x"\n', "cortex.toml:3: gateway.listn: unknown option"),
+        ("[eviction]\n", "cortex.toml:1: eviction: not supported by this version"),
+        ('[[neurons]]\nname = "a"\n', "cortex.toml:1: neurons[0]: object missing required field"),
+        (
+            NEURONS + '[[neurons]]\nname = "b"\nendpoint = "http://b/v1"\n',
+            "cortex.toml:6: neurons[1].endpoint: expected `str` matching regex",
+        ),
+        (NEURONS + 'key_file = "x"\n', "cortex.toml:4: neurons[0].key_file: not supported"),
+        ('[gateway]\nlisten = "localhost"\n', "cortex.toml:2: gateway.listen: expected `str`"),
+        ("[timeouts]\npoll_seconds = 0\n", "cortex.toml:2: timeouts.poll_seconds: expected"),
+        ("[gateway\n", "cortex.toml: Expected ']'"),
+    ],
+)
+def test_a_wrong_option_is_named_with_file_and_line(tmp_path: Path, text: str, said: str) -> None:
+    assert refusal(tmp_path, text).startswith(said)
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("", "no neuron is configured"),
+        (NEURONS + NEURONS, "neurons: name 'a' is there twice"),
+        (NEURONS + NEURONS.replace('"a"', '"b"'), "endpoint 'http://a:13131' is there twice"),
+        (NEURONS + "[entitlements]\nrequire_auth = true\n", "needs at least one key"),
+        ('[gateway]\nlisten = "h:99999"\n' + NEURONS, "ports end at 65535"),
+        (
+            NEURONS + '[[entitlements.keys]]\nkey = "12345678"\nid = "x"\n' * 2,
+            "entitlements.keys: id 'x' is there twice",
+        ),
+        (
+            NEURONS
+            + '[[entitlements.keys]]\nkey = "12345678"\nid = "x"\n'
+            + '[[entitlements.keys]]\nkey = "12345678"\nid = "y"\n',
+            "two ids have the same key",
+        ),
+    ],
+)
+def test_what_does_not_go_together_is_refused(tmp_path: Path, text: str, said: str) -> None:
+    assert said in refusal(tmp_path, text)
+
+
+def test_a_file_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match=r"cannot read .*: No such file"):
+        load_config(tmp_path / "cortex.toml", {})
+
+
+def test_a_file_that_is_not_text_is_one_sentence(tmp_path: Path) -> None:
+    path = tmp_path / "cortex.toml"
+    path.write_bytes(b"\xff\xfe")
+
+    with pytest.raises(ConfigError, match="it is not UTF-8"):
+        load_config(path, {})
+
+
+def test_the_environment_wins_over_the_file(tmp_path: Path) -> None:
+    path = written(tmp_path, '[gateway]\nlisten = "127.0.0.1:1"\n' + NEURONS)
+    environ = {"CORTEX_GATEWAY__LISTEN": "0.0.0.0:2", "CORTEX_TIMEOUTS__POLL_SECONDS": "7"}
+
+    config, _ = load_config(path, environ)
+
+    assert (config.gateway.listen, config.timeouts.poll_seconds) == ("0.0.0.0:2", 7.0)
+
+
+def test_the_environment_may_name_a_whole_fleet() -> None:
+    environ = {
+        "CORTEX_NEURONS__0__NAME": "a",
+        "CORTEX_NEURONS__0__ENDPOINT": "http://a:1",
+        "CORTEX_NEURONS__1__NAME": "b",
+        "CORTEX_NEURONS__1__ENDPOINT": "http://b:1",
+        "CORTEX_ENTITLEMENTS__REQUIRE_AUTH": "false",
+    }
+
+    config, _ = load_config(None, environ)
+
+    assert [neuron.name for neuron in config.neurons] == ["a", "b"]
+
+
+def test_the_environment_may_change_one_neuron(tmp_path: Path) -> None:
+    environ = {"CORTEX_NEURONS__0__ENDPOINT": "http://elsewhere:1"}
+
+    config, _ = load_config(written(tmp_path, NEURONS), environ)
+
+    assert config.neurons == (Neuron("a", "http://elsewhere:1"),)
+
+
+@pytest.mark.parametrize(
+    ("variable", "said"),
+    [
+        ("CORTEX_GATEWAY__LISTN", "CORTEX_GATEWAY__LISTN: unknown option"),
+        ("CORTEX_TIMEOUTS__POLL_SECONDS", "CORTEX_TIMEOUTS__POLL_SECONDS: expected `float`"),
+        ("CORTEX_NEURONS__5__NAME", "CORTEX_NEURONS__5__NAME: there is no such place"),
+    ],
+)
+def test_a_wrong_variable_is_named(tmp_path: Path, variable: str, said: str) -> None:
+    assert refusal(tmp_path, NEURONS, **{variable: "x"}).startswith(said)
+
+
+def test_the_key_of_the_client_commands_is_no_option(tmp_path: Path) -> None:
+    config, _ = load_config(written(tmp_path, NEURONS), {"CORTEX_API_KEY": "sk-x", "HOME": "/"})
+
+    assert config.neurons
+
+
+def test_an_ipv6_address_loses_its_brackets() -> None:
+    assert split_address("[::1]:80") == ("::1", 80)
+
+
+def test_the_example_catalogue_has_every_option() -> None:
+    text = (PACKAGING / "models.example.toml").read_text(encoding="utf-8")
+    profile = msgspec.toml.decode(text, type=ModelsFile).models[0]
+
+    assert None not in msgspec.structs.astuple(profile)

@@ -1,0 +1,39 @@
+"""Events, cut from bytes."""
+
+import pytest
+
+from cortex.gateway import sse
+
+
+def test_an_event_in_pieces_comes_out_whole() -> None:
+    splitter = sse.EventSplitter()
+
+    assert splitter.feed(b'data: {"a"') == []
+    assert splitter.feed(b": 1}\n") == []
+    assert splitter.feed(b"\n: hi\n\nda") == [b'data: {"a": 1}', b": hi"]
+
+
+def test_carriage_returns_do_not_matter() -> None:
+    assert sse.EventSplitter().feed(b"data: 1\r\n\r\n") == [b"data: 1"]
+
+
+@pytest.mark.parametrize("event", [b": comment", b"data: [DONE]", b"data: {broken", b""])
+def test_what_is_no_json_object_has_no_data(event: bytes) -> None:
+    assert sse.data_of(event) is None
+
+
+@pytest.mark.parametrize("event", [b": keep-alive", b": usage {broken", b"data: {}"])
+def test_what_is_no_usage_has_none(event: bytes) -> None:
+    assert sse.usage_of(event) is None
+
+
+def test_usage_is_in_a_comment() -> None:
+    assert sse.usage_of(b': usage {"prompt_tokens":3}') == {"prompt_tokens": 3}
+
+
+def test_a_comment_stays_on_its_line() -> None:
+    assert sse.comment("a\ndata: b") == b": a data: b\n\n"
+
+
+def test_an_event_may_have_a_name() -> None:
+    assert sse.event({"a": 1}, "ping") == b'event: ping\ndata: {"a":1}\n\n'

@@ -1,0 +1,258 @@
+"""The neuron's configuration: defaults, files, the environment, and what is refused in words."""
+
+import re
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from cortex.ipc.node_api import LoadRequest
+from cortex.runtime import config as module
+from cortex.runtime.config import (
+    AdmissionConfig,
+    ConfigError,
+    DeviceConfig,
+    NeuronConfig,
+    cuda_visible_devices,
+    load_config,
+    parse_address,
+)
+
+EXAMPLE = Path(__file__).resolve().parents[2] / "packaging" / "neuron.example.toml"
+
+
+@pytest.fixture(autouse=True)
+def _no_file_in_the_default_place(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(module, "DEFAULT_PATH", tmp_path / "none" / "neuron.toml")
+
+
+def written(tmp_path: Path, text: str) -> Path:
+    """Return a file that holds *text*."""
+    path = tmp_path / "neuron.toml"
+    path.write_text(text, encoding="utf-8")
+    return path
+
+
+def refusal(path: Path | None, environment: dict[str, str] | None = None) -> str:
+    """Return in which words the configuration is refused."""
+    with pytest.raises(ConfigError) as caught:
+        load_config(path, environment or {})
+    return str(caught.value)
+
+
+def test_without_a_file_the_defaults_serve() -> None:
+    assert load_config(None, {}) == NeuronConfig()
+
+
+def test_a_file_in_the_default_place_is_read(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(module, "DEFAULT_PATH", written(tmp_path, 'log_level = "debug"'))
+
+    assert load_config(None, {}).log_level == "debug"
+
+
+def test_every_section_is_read(tmp_path: Path) -> None:
+    path = written(
+        tmp_path,
+        """
+        listen = "[::1]:8000"
+        [[devices]]
+        name = "cpu:0"
+        memory_mb = 512
+        [[models]]
+        model_id = "smollm2-135m-instruct"
+        sampling = { temperature = 0.5 }
+        [admission]
+        max_in_flight = 2
+        """,
+    )
+
+    config = load_config(path, {})
+
+    assert config.address == ("::1", 8000)
+    assert config.devices == [DeviceConfig("cpu:0", 512)]
+    assert config.models == [LoadRequest("smollm2-135m-instruct", sampling={"temperature": 0.5})]
+    assert config.admission == AdmissionConfig(max_in_flight=2)
+
+
+def test_a_file_that_was_named_must_exist(tmp_path: Path) -> None:
+    assert "No such file" in refusal(tmp_path / "missing.toml")
+
+
+def test_text_that_is_not_toml_is_refused_with_its_line(tmp_path: Path) -> None:
+    assert "line 2" in refusal(written(tmp_path, 'listen = "a:1"\nlisten :'))
+
+
+@pytest.mark.parametrize(
+    ("text", "place", "line"),
+    [
+        ("listen = 5", "listen", 1),
+        ('\nlog_level = "loud"', "log_level", 2),
+        ("[admission]\nmax_queue_depth = 1\nmax_in_flight = 0", "admission.max_in_flight", 3),
+        ("[admission]\n\nmax_wait = 1", "admission.max_wait", 3),
+        ('[[devices]]\nname = "cpu:0"\n[[devices]]\nname = "tpu:0"', "devices[1].name", 4),
+        ("[[models]]\nquant = 'q4_1'", "models[0]", 1),
+        ("[auth]\nkeys = []", "auth", 1),
+        ("[engine]", "engine", 1),
+        ("[sources.huggingface]", "sources", 1),
+    ],
+)
+def test_a_wrong_key_or_type_is_named_with_its_line(
+    tmp_path: Path, text: str, place: str, line: int
+) -> None:
+    message = refusal(written(tmp_path, text))
+
+    assert f"neuron.toml, line {line}: {place}: " in message
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ('listen = "13131"', "is not HOST:PORT"),
+        ('listen = "localhost:70000"', "is not HOST:PORT"),
+        ("devices = []", "devices is empty"),
+        ('[[devices]]\nname = "cpu:0"\n[[devices]]\nname = "cpu:0"', "names 'cpu:0' twice"),
+        ('[[models]]\nmodel_id = "a"\n[[models]]\nmodel_id = "a"', "names 'a' twice"),
+        ('[[models]]\nmodel_id = "a"\nwait = true', "wait has no meaning"),
+        ('[[models]]\nmodel_id = "a"\nsampling = { top_q = 1 }', "top_q"),
+        ('[[models]]\nmodel_id = "a"\nsampling = { top_p = 7 }', "sampling.top_p"),
+    ],
+)
+def test_what_cannot_be_meant_is_refused(tmp_path: Path, text: str, words: str) -> None:
+    assert words in refusal(written(tmp_path, text))
+
+
+def test_the_environment_wins_over_the_file(tmp_path: Path) -> None:
+    path = written(tmp_path, 'listen = "a:1"\n[admission]\nmax_in_flight = 2')
+    environment = {
+        "NEURON_LISTEN": "b:2",
+        "NEURON_ADMISSION__MAX_IN_FLIGHT": "3",
+        "NEURON_TAPS__ENABLED": "false",
+        "NEURON_DEVICES": "cpu:0, cpu:1",
+        "NEURON_MODELS": "a,b",
+    }
+
+    config = load_config(path, environment)
+
+    assert (config.listen, config.admission.max_in_flight) == ("b:2", 3)
+    assert config.taps.enabled is False
+    assert config.devices == [DeviceConfig("cpu:0"), DeviceConfig("cpu:1")]
+    assert [model.model_id for model in config.models] == ["a", "b"]
+
+
+def test_the_command_line_wins_over_the_environment() -> None:
+    config = load_config(None, {"NEURON_LISTEN": "b:2"}, listen="c:3", log_level=None)
+
+    assert (config.listen, config.log_level) == ("c:3", "info")
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "words"),
+    [
+        ("NEURON_LISTNE", "a:1", "no such option"),
+        ("NEURON_ADMISSION__SEATS", "1", "no such option"),
+        ("NEURON_ADMISSION", "1", "is a section"),
+        ("NEURON_ADMISSION__MAX_IN_FLIGHT", "many", "Expected `int`"),
+        ("NEURON_DEVICES", "0,1", "regex"),
+    ],
+)
+def test_a_wrong_variable_is_named(name: str, value: str, words: str) -> None:
+    message = refusal(None, {name: value})
+
+    assert name in message
+    assert words in message
+
+
+def test_variables_of_the_validation_script_and_of_others_are_not_ours() -> None:
+    environment = {"NEURON_PORT": "1", "NEURON_LOAD_TIMEOUT": "9", "HOME": "/root"}
+
+    assert load_config(None, environment) == NeuronConfig()
+
+
+def test_the_example_shows_every_option_and_its_default() -> None:
+    text = EXAMPLE.read_text(encoding="utf-8")
+    shown = set(re.findall(r"^#? ?(\w+) = ", text, re.MULTILINE))
+
+    assert load_config(EXAMPLE, {}) == NeuronConfig()
+    assert shown == names_of(NeuronConfig) | names_of(DeviceConfig) | (
+        names_of(LoadRequest) - {"wait"}
+    )
+
+
+def test_the_example_serves_with_everything_uncommented(tmp_path: Path) -> None:
+    lines = EXAMPLE.read_text(encoding="utf-8").splitlines()
+    options = [re.sub(r"^# (?=\[|\w+ = )", "", line) for line in lines]
+    kept = [line for line in options if not line.startswith("devices = ")]
+
+    config = load_config(written(tmp_path, "\n".join(kept)), {})
+
+    assert config.devices != "auto"
+    assert config.models[0].quant == "Q4_1"
+
+
+def names_of(struct: type[msgspec.Struct]) -> set[str]:
+    """Return the options of *struct* and its sections that are plain values."""
+    names: set[str] = set()
+    for field in msgspec.structs.fields(struct):
+        kind = field.type
+        if isinstance(kind, type) and issubclass(kind, msgspec.Struct):
+            names |= names_of(kind)
+        elif field.name != "models":  # shown as a table
+            names.add(field.name)
+    return names
+
+
+@pytest.mark.parametrize(
+    ("listen", "is_loopback"),
+    [("127.0.0.1:1", True), ("localhost:1", True), ("[::1]:1", True), ("0.0.0.0:1", False)],
+)
+def test_loopback_is_known(listen: str, is_loopback: bool) -> None:
+    assert NeuronConfig(listen=listen).is_loopback is is_loopback
+
+
+def test_an_address_may_be_ipv6() -> None:
+    assert parse_address("[fe80::1]:80") == ("fe80::1", 80)
+
+
+def test_directories_are_where_they_were_set(tmp_path: Path) -> None:
+    text = f'[cache]\ndirectory = "{tmp_path}/c"\n[taps]\ndirectory = "{tmp_path}/t"'
+
+    config = load_config(written(tmp_path, text), {})
+
+    assert config.cache_directory == tmp_path / "c"
+    assert config.tap_directory(13131) == tmp_path / "t"
+
+
+def test_two_neurons_have_two_tap_directories(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/run/user/1000")
+    monkeypatch.setattr(module, "SERVICE_DIRECTORY", Path("/nonexistent"))
+
+    config = NeuronConfig()
+
+    assert config.tap_directory(1) == Path("/run/user/1000/neuron/taps-1")
+    assert config.tap_directory(2) != config.tap_directory(1)
+
+
+def test_the_services_own_directory_comes_first(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(module, "SERVICE_DIRECTORY", tmp_path)
+
+    assert NeuronConfig().tap_directory(1) == tmp_path / "taps-1"
+
+
+def test_without_any_home_the_cache_directory_has_to_be_set(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def homeless(_: object) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(module, "default_cache", homeless)
+
+    assert "set directory in [cache]" in refusal(None)
+
+
+def test_gpus_may_be_hidden_from_cuda() -> None:
+    assert cuda_visible_devices({"CUDA_VISIBLE_DEVICES": "1"}) == "1"
+    assert cuda_visible_devices({}) is None

@@ -1,0 +1,299 @@
+"""One life over the real channel and the real ring; only the process is a double."""
+
+import asyncio
+import itertools
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import zmq.asyncio
+
+from cortex.ipc.channel import DeviceEnd
+from cortex.ipc.errors import NodeFailed
+from cortex.ipc.messages import (
+    PROTOCOL_VERSION,
+    Command,
+    Failed,
+    Generate,
+    Hello,
+    Ping,
+    Pong,
+    SamplingParams,
+)
+from cortex.ipc.ring import Flag, TokenProducer, TokenRing
+from cortex.ipc.taps import Tap
+from cortex.runtime.config import DeviceSpec
+from cortex.runtime.device_life import DeviceLife
+from cortex.runtime.fork_server import Child
+from supervisor_fakes import eventually, hello, records
+
+SPEC = DeviceSpec(0, "cpu:0", 2**30, 1)
+GREEDY = SamplingParams(temperature=0.0, max_tokens=8, seed=1)
+
+
+class FakeChild:
+    """A child that is gone when the test, or a kill, says so."""
+
+    def __init__(self) -> None:
+        self.pid = 4711
+        self.gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self.code: int | None = -9
+
+    def kill(self) -> None:
+        if not self.gone.done():
+            self.gone.set_result(None)
+
+    async def exit_code(self) -> int | None:
+        return self.code
+
+
+@dataclass
+class Wire:
+    """The child's ends of a life, held by the test."""
+
+    life: DeviceLife
+    child: FakeChild
+    arguments: dict[str, Any] = field(default_factory=dict)
+    greeted: list[Hello] = field(default_factory=list)
+    end: DeviceEnd = field(init=False)
+    producer: TokenProducer = field(init=False)
+    over: asyncio.Task[str] = field(init=False)
+
+    async def begin(self, tasks: asyncio.TaskGroup) -> None:
+        self.over = tasks.create_task(self.life.run(self.greeted.append, lambda: None))
+        await eventually(lambda: self.arguments, "the fork")
+        ring: TokenRing = self.arguments["ring"]
+        self.end = DeviceEnd(self.arguments["address"])
+        self.producer = TokenProducer(ring)
+
+    async def command(self) -> Command:
+        got: list[Command | None] = [None]
+
+        def arrived() -> bool:
+            got[0] = self.end.receive_waiting()
+            return got[0] is not None
+
+        await eventually(arrived, "a command")
+        assert got[0] is not None
+        return got[0]
+
+    def close(self) -> None:
+        self.child.kill()
+        self.end.close()
+        self.producer.close()
+
+
+@pytest.fixture
+async def wire() -> AsyncIterator[Wire]:
+    context = zmq.asyncio.Context()
+    child, arguments = FakeChild(), dict[str, Any]()
+
+    async def fork(title: str, **given: Any) -> Child:
+        arguments.update(given)
+        return child
+
+    life = DeviceLife(
+        SPEC,
+        itertools.count(1),
+        fork=fork,
+        context=context,
+        tap=Tap(None, "supervisor"),
+        hello_timeout_seconds=0.2,
+    )
+    async with asyncio.TaskGroup() as tasks:
+        wire = Wire(life, child, arguments)
+        await wire.begin(tasks)
+        yield wire
+        wire.close()
+    context.destroy(linger=0)
+
+
+async def greet(wire: Wire) -> None:
+    wire.end.send(hello())
+    await eventually(lambda: wire.greeted, "the greeting")
+
+
+async def test_it_forks_with_everything_a_device_process_needs(wire: Wire) -> None:
+    wire.arguments.pop("address")
+    wire.arguments.pop("ring")
+
+    assert wire.arguments == {
+        "device_name": "cpu:0",
+        "memory_bytes": 2**30,
+        "threads": 1,
+        "tap_directory": None,
+        "log_level": "info",
+    }
+
+
+async def test_it_talks_after_hello(wire: Wire) -> None:
+    await greet(wire)
+
+    async with asyncio.TaskGroup() as tasks:
+        answer = tasks.create_task(wire.life.conversation.ask(Ping))
+        assert await wire.command() == Ping(1)
+        wire.end.send(Pong(1))
+
+    assert answer.result() == Pong(1)
+
+
+async def test_tokens_come_from_the_ring(wire: Wire) -> None:
+    await greet(wire)
+    generation = wire.life.conversation.generate("m", [1, 2], GREEDY)
+    assert await wire.command() == Generate(1, 1, "m", [1, 2], GREEDY)
+    wire.producer.publish(records(1, [5, 6], Flag.STOP))
+
+    assert await anext(generation) == records(1, [5, 6], Flag.STOP)
+
+
+async def test_tokens_written_before_the_death_arrive_before_the_error(wire: Wire) -> None:
+    await greet(wire)
+    generation = wire.life.conversation.generate("m", [1, 2], GREEDY)
+    wire.producer.publish(records(1, [5]))
+    wire.child.kill()
+
+    assert await anext(generation) == records(1, [5])
+    with pytest.raises(NodeFailed, match="cpu:0 was killed by SIGKILL"):
+        await anext(generation)
+
+
+async def test_tokens_written_before_a_failed_arrive_before_it(wire: Wire) -> None:
+    await greet(wire)
+    generation = wire.life.conversation.generate("m", [1, 2], GREEDY)
+    wire.producer.publish(records(1, [5]))
+    wire.end.send(Failed("unhealthy_logits", "a NaN", sequence_id=1))
+
+    assert await anext(generation) == records(1, [5])
+    with pytest.raises(NodeFailed, match="a NaN"):
+        await anext(generation)
+
+
+async def test_what_it_says_last_is_the_reason(wire: Wire) -> None:
+    await greet(wire)
+    wire.end.send(Failed("device_lost", "an Xid", fatal=True))
+    wire.child.kill()
+
+    assert await wire.over == "the device process of cpu:0 failed: an Xid"
+
+
+async def test_a_fatal_failure_does_not_wait_for_the_exit(wire: Wire) -> None:
+    await greet(wire)
+    wire.end.send(Failed("device_lost", "an Xid", fatal=True))
+
+    assert "an Xid" in await wire.over
+
+
+async def test_a_failure_of_nothing_in_particular_ends_the_life(wire: Wire) -> None:
+    await greet(wire)
+    wire.end.send(Failed("protocol_error", "not a command"))
+
+    assert "not a command" in await wire.over
+
+
+@pytest.mark.parametrize(
+    ("greeting", "why"),
+    [
+        (Hello(99, "cpu:0", 1, True, 1, "2"), "speaks protocol 99"),
+        (Hello(PROTOCOL_VERSION, "cpu:0", 1, False, 0, "2"), "could not import"),
+        (Hello(PROTOCOL_VERSION, "cpu:0", 1, True, 3, "2"), "has 3 threads"),
+        (Pong(1), "began with pong"),
+        (Failed("internal_error", "no such device", fatal=True), "no such device"),
+    ],
+)
+async def test_a_child_that_must_not_be_used_is_killed(
+    wire: Wire, greeting: Hello | Pong | Failed, why: str
+) -> None:
+    wire.end.send(greeting)
+
+    assert why in await wire.over
+    assert wire.greeted == []
+
+
+async def test_a_child_that_says_no_hello_is_killed(wire: Wire) -> None:
+    assert "no Hello in 0.2 s" in await wire.over
+
+
+async def test_what_is_not_an_event_ends_the_life(wire: Wire) -> None:
+    await greet(wire)
+    wire.end._socket.send(b"\x01")
+
+    assert "not an event" in await wire.over
+
+
+@pytest.mark.parametrize(
+    ("code", "how"),
+    [
+        (-11, "was killed by SIGSEGV"),
+        (-200, "was killed by signal 200"),
+        (71, "exited with status 71"),
+        (None, "is gone; how is unknown, because its fork server died too"),
+    ],
+)
+async def test_the_reason_says_how_it_ended(wire: Wire, code: int | None, how: str) -> None:
+    wire.child.code = code
+    wire.child.kill()
+
+    assert await wire.over == f"the device process of cpu:0 {how}"
+
+
+async def test_a_child_that_cannot_be_forked_is_a_reason_too() -> None:
+    context = zmq.asyncio.Context()
+
+    async def fork(title: str, **_arguments: Any) -> Child:
+        raise OSError("no memory")
+
+    life = DeviceLife(
+        SPEC, itertools.count(1), fork=fork, context=context, tap=Tap(None, "supervisor")
+    )
+    gone: list[bool] = []
+    reason = await life.run(lambda _: None, lambda: gone.append(True))
+    context.destroy(linger=0)
+
+    assert (reason, gone) == ("the device process of cpu:0 cannot be started: no memory", [True])
+
+
+async def test_a_life_leaves_no_descriptor_open(wire: Wire) -> None:
+    await greet(wire)
+    ring: TokenRing = wire.arguments["ring"]
+    wire.child.kill()
+    await wire.over
+
+    assert (ring.memory.fd, ring.filled.fd, ring.freed.fd) == (-1, -1, -1)
+
+
+async def test_a_life_that_is_killed_while_it_is_forked_ends_the_child() -> None:
+    context, child, may_fork = zmq.asyncio.Context(), FakeChild(), asyncio.Event()
+
+    async def fork(title: str, **_arguments: Any) -> Child:
+        await may_fork.wait()
+        return child
+
+    life = DeviceLife(
+        SPEC, itertools.count(1), fork=fork, context=context, tap=Tap(None, "supervisor")
+    )
+    async with asyncio.TaskGroup() as tasks:
+        over = tasks.create_task(life.run(lambda _: None, lambda: None))
+        life.kill("stopped early")
+        may_fork.set()
+    context.destroy(linger=0)
+
+    assert over.result() == "stopped early"
+    assert child.gone.done()
+
+
+async def test_commands_and_events_are_published_on_the_tap(
+    wire: Wire, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published: list[tuple[str, Any]] = []
+    monkeypatch.setattr(
+        wire.life._tap, "publish", lambda topic, message: published.append((topic, message))
+    )
+    await greet(wire)
+    wire.life.conversation.tell(Ping)
+    await wire.command()
+
+    assert published == [
+        ("event.hello", {"device": "cpu:0", "event": hello()}),
+        ("command.ping", {"device": "cpu:0", "command": Ping(1)}),
+    ]

@@ -1,0 +1,103 @@
+"""Metrics in the names that dashboards for vLLM know, and never a label that a client chose."""
+
+from prometheus_client.parser import text_string_to_metric_families
+
+from cortex.ipc.node_api import DeviceHealth, Health, ModelLoad
+from cortex.runtime.metrics import Metrics
+from fake_node import FakeNode, serving
+
+
+def samples(text: str) -> dict[tuple[str, str], float]:
+    """Return the value of every sample by name and model (or device)."""
+    return {
+        (
+            sample.name,
+            sample.labels.get("model_name", sample.labels.get("device", "")),
+        ): sample.value
+        for family in text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+
+
+def one_request(metrics: Metrics, **more: object) -> None:
+    """Count an ordinary request."""
+    fields: dict[str, object] = {
+        "status": 200,
+        "prompt_tokens": 10,
+        "completion_tokens": 5,
+        "first_token_seconds": 0.2,
+        "duration_seconds": 1.0,
+        "finish_reason": "stop",
+    }
+    metrics.count("m", **(fields | more))  # type: ignore[arg-type]  # of the right types
+
+
+def rendered(health: Health | None = None, **more: object) -> dict[tuple[str, str], float]:
+    """Return what one request leaves behind."""
+    metrics = Metrics(lambda: health or Health(0.0))
+    one_request(metrics, **more)
+    return samples(metrics.render().decode())
+
+
+def test_a_request_is_counted_in_tokens_and_seconds() -> None:
+    values = rendered()
+
+    assert values["vllm:prompt_tokens_total", "m"] == 10
+    assert values["vllm:generation_tokens_total", "m"] == 5
+    assert values["vllm:time_to_first_token_seconds_sum", "m"] == 0.2
+    assert values["vllm:e2e_request_latency_seconds_sum", "m"] == 1.0
+    assert values["vllm:time_per_output_token_seconds_sum", "m"] == 0.2
+    assert values["vllm:request_success_total", "m"] == 1
+
+
+def test_a_request_without_a_token_has_no_time_to_one() -> None:
+    values = rendered(first_token_seconds=None, status=503, finish_reason=None)
+
+    assert ("vllm:time_to_first_token_seconds_count", "m") not in values
+    assert values["neuron:requests_total", "m"] == 1
+
+
+def test_a_request_that_broke_is_no_success_but_its_tokens_count() -> None:
+    values = rendered(finish_reason=None, status=502, completion_tokens=1)
+
+    assert ("vllm:request_success_total", "m") not in values
+    assert values["vllm:generation_tokens_total", "m"] == 1
+
+
+def test_states_are_read_when_asked() -> None:
+    health = Health(
+        0.0,
+        devices=[DeviceHealth(0, "cpu:0", "ready", 100, 300, lifecycle_cycles=4)],
+        models=[ModelLoad("m", in_flight=2, queue_depth=1, kv_budget_mb=40, kv_available_mb=10)],
+    )
+
+    values = rendered(health)
+
+    assert values["vllm:num_requests_running", "m"] == 2
+    assert values["vllm:num_requests_waiting", "m"] == 1
+    assert values["vllm:kv_cache_usage_perc", "m"] == 0.75
+    assert values["neuron:device_ready", "cpu:0"] == 1
+    assert values["neuron:device_lifecycle_cycles", "cpu:0"] == 4
+    assert values["neuron:device_memory_used_bytes", "cpu:0"] == 100 * 2**20
+
+
+async def test_two_apps_do_not_count_together() -> None:
+    first, second = Metrics(lambda: Health(0.0)), Metrics(lambda: Health(0.0))
+
+    one_request(first)
+
+    assert ("vllm:prompt_tokens_total", "m") not in samples(second.render().decode())
+
+
+async def test_a_model_that_a_client_made_up_is_no_label() -> None:
+    async with serving(FakeNode("m")) as client:
+        for model in ("m", "made-up"):
+            body = {"model": model, "prompt": "Hello"}
+            async with client.post("/v1/completions", json=body) as response:
+                await response.read()
+        async with client.get("/metrics") as response:
+            text = await response.text()
+            assert response.content_type == "text/plain"
+
+    assert samples(text)["vllm:request_success_total", "m"] == 1
+    assert "made-up" not in text

@@ -1,0 +1,236 @@
+"""What stands behind a supervisor, doubled: no processes, no files.
+
+FakeDeviceProcess   one life of a device process: keeps the contract, plays what the test says
+FakeDevices         begins such lives: ``Supervisor(..., begin_life=devices.begin)``
+FakeModelFiles      fetches and reads nothing: ``Supervisor(..., files=files)``
+FakeClock           moves when told to
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
+
+from cortex.ipc.errors import NodeFailed
+from cortex.ipc.messages import (
+    PROTOCOL_VERSION,
+    Bye,
+    Cancel,
+    Command,
+    Event,
+    Failed,
+    Footprint,
+    Generate,
+    Hello,
+    LoadModel,
+    LoadProgress,
+    MemoryReport,
+    ModelLoaded,
+    ModelUnloaded,
+    Ping,
+    Pong,
+    QueryMemory,
+    Shutdown,
+    UnloadModel,
+)
+from cortex.ipc.node_api import LoadRequest
+from cortex.ipc.ring import Flag, TokenRecord
+from cortex.runtime import preflight
+from cortex.runtime.config import DeviceSpec
+from cortex.runtime.device_conversation import Conversation, Progress
+from cortex.runtime.device_life import OnGone, OnHello
+from cortex.runtime.text import TextSide
+
+MIB = 2**20
+FOOTPRINT = Footprint(weights_bytes=90 * MIB, kv_bytes=9 * MIB, workspace_bytes=MIB)
+
+
+def hello(device: str = "cpu:0", pid: int = 1) -> Hello:
+    """Return what a healthy device process says first."""
+    return Hello(PROTOCOL_VERSION, device, pid, preloaded=True, server_threads=1, torch_version="2")
+
+
+def records(
+    sequence_id: int, token_ids: list[int], finish: Flag | None = None
+) -> list[TokenRecord]:
+    """Return the records of *token_ids*, the last one with *finish*."""
+    flags = [int(Flag.TOKEN)] * len(token_ids)
+    if finish is not None:
+        flags[-1] |= finish
+    return [
+        TokenRecord(sequence_id, token_id, -0.5, flag)
+        for token_id, flag in zip(token_ids, flags, strict=True)
+    ]
+
+
+async def eventually(condition: Callable[[], object], what: str) -> None:
+    """Return once *condition* holds; fail naming *what* after ten seconds."""
+    end = time.monotonic() + 10.0
+    while not condition():
+        assert time.monotonic() < end, f"waited in vain for {what}"
+        await asyncio.sleep(0.002)
+
+
+class FakeClock:
+    """Seconds that pass when told to."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+class FakeDeviceProcess:
+    """One life: answers every command as a good device process would, but those of *silent_on*.
+
+    A Generate gets the script's tokens and a STOP. What it does not do by itself, the test does:
+    ``says``, ``writes``, ``dies``.
+    """
+
+    def __init__(self, devices: FakeDevices, spec: DeviceSpec, ids: itertools.count[int]) -> None:
+        self.conversation = Conversation(self._take, ids)
+        self.received: list[Command] = []
+        self.pid: int | None = next(devices.pids)
+        self._devices = devices
+        self._spec = spec
+        self._end = asyncio.Event()
+        self._reason = ""
+
+    async def run(self, on_hello: OnHello, on_gone: OnGone) -> str:
+        if self._devices.starts:
+            on_hello(hello(self._spec.name, self.pid or 0))
+        else:
+            self.dies("it never said Hello")
+        await self._end.wait()
+        on_gone()
+        self.conversation.end(NodeFailed(self._reason))
+        return self._reason
+
+    def kill(self, reason: str) -> None:
+        self.dies(reason)
+
+    def dies(self, reason: str = "it was killed by SIGKILL") -> None:
+        """End this life."""
+        self._reason = self._reason or reason
+        self._end.set()
+
+    def says(self, event: Event) -> None:
+        """Let *event* arrive."""
+        self.conversation.hear(event)
+
+    def writes(self, sequence_id: int, token_ids: list[int], finish: Flag | None = None) -> None:
+        """Let token records arrive."""
+        self.conversation.receive(records(sequence_id, token_ids, finish))
+
+    def last(self, kind: type[Command]) -> Command:
+        """Return the last command of *kind* that was received."""
+        return next(command for command in reversed(self.received) if isinstance(command, kind))
+
+    def answers(self, command: Command) -> None:
+        """Answer as a good device process would."""
+        match command:
+            case Ping():
+                self.says(Pong(command.command_id))
+            case LoadModel():
+                self.says(LoadProgress(command.command_id, command.model, 50, 100))
+                self.says(loaded(command))
+            case UnloadModel():
+                self.says(ModelUnloaded(command.command_id, command.model))
+            case Generate():
+                self.writes(command.sequence_id, self._devices.tokens, Flag.STOP)
+            case Cancel():
+                self.conversation.receive(
+                    [TokenRecord(command.sequence_id, 0, math.nan, Flag.CANCELLED)]
+                )
+            case QueryMemory():
+                self.says(MemoryReport(command.command_id, 1, 1, {}))
+            case Shutdown():
+                self.says(Bye(command.command_id))
+                self.dies("it exited with status 0")
+
+    def refuses(self, command: Command, code: str, detail: str) -> None:
+        """Answer *command* with a Failed."""
+        self.says(Failed(code, detail, command.command_id))
+
+    def _take(self, command: Command) -> None:
+        self.received.append(command)
+        if type(command) not in self._devices.silent_on and not self._end.is_set():
+            asyncio.get_running_loop().call_soon(self.answers, command)
+
+
+class FakeDevices:
+    """The lives of all devices, and what they have in common."""
+
+    def __init__(self) -> None:
+        self.lives: dict[int, list[FakeDeviceProcess]] = {}
+        self.silent_on: set[type[Command]] = set()
+        self.tokens = [1, 2, 3]
+        self.starts = True
+        """False: the next lives die without a Hello."""
+        self.pids = itertools.count(70001)
+
+    def begin(self, spec: DeviceSpec, ids: itertools.count[int]) -> FakeDeviceProcess:
+        """Begin a life."""
+        life = FakeDeviceProcess(self, spec, ids)
+        self.lives.setdefault(spec.index, []).append(life)
+        return life
+
+    def now(self, index: int = 0) -> FakeDeviceProcess:
+        """Return the last life of a device."""
+        return self.lives[index][-1]
+
+
+class FakeModelFiles:
+    """Files that are where they should be, once ``may_fetch`` is set; or whatever is wrong."""
+
+    def __init__(self) -> None:
+        self.may_fetch = asyncio.Event()
+        self.may_fetch.set()
+        self.fetching: list[str] = []
+        self.stopped: list[str] = []
+        self.read_with: dict[str, int] = {}
+        """The free bytes that each model was judged by."""
+        self.error: Exception | None = None
+        self.is_closed = False
+
+    def refuse(self, request: LoadRequest) -> None:
+        preflight.check_request(request)
+
+    async def fetch(self, request: LoadRequest, progress: Progress) -> Path:
+        self.fetching.append(request.model_id)
+        progress(25, 100)
+        try:
+            await self.may_fetch.wait()
+        except asyncio.CancelledError:
+            self.stopped.append(request.model_id)
+            raise
+        return Path("/models") / request.model_id
+
+    async def read(self, path: Path, request: LoadRequest, free_bytes: int) -> TextSide:
+        self.read_with[request.model_id] = free_bytes
+        if self.error is not None:
+            raise self.error
+        return cast("TextSide", SimpleNamespace(path=path))  # the supervisor only keeps it
+
+    def close(self) -> None:
+        self.is_closed = True
+
+
+def loaded(command: LoadModel) -> ModelLoaded:
+    """Return the good answer to *command*."""
+    return ModelLoaded(
+        command.command_id,
+        command.model,
+        FOOTPRINT,
+        max_context_tokens=2048,
+        max_sequences=8,
+        kv_cache_tokens=4096,
+        load_seconds=0.1,
+    )
