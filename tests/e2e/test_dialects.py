@@ -1,0 +1,201 @@
+"""The unmodified SDKs of both dialects, the gateway, a neuron and the real model."""
+
+import anthropic
+import openai
+import pytest
+
+from stack import MODEL, Stack
+
+QUESTION = "What is the capital of France?"
+
+
+@pytest.fixture
+def chat(stack: Stack) -> openai.OpenAI:
+    return openai.OpenAI(base_url=f"{stack.url}/v1", api_key="none", max_retries=0)
+
+
+@pytest.fixture
+def claude(stack: Stack) -> anthropic.Anthropic:
+    return anthropic.Anthropic(base_url=stack.url, api_key="none", max_retries=0)
+
+
+def ask(chat: openai.OpenAI, **more: object) -> openai.types.chat.ChatCompletion:
+    return chat.chat.completions.create(  # type: ignore[call-overload, no-any-return]  # **more
+        model=MODEL, messages=[{"role": "user", "content": QUESTION}], **more
+    )
+
+
+def test_a_chat_completion_answers(chat: openai.OpenAI) -> None:
+    answer = ask(chat)
+
+    assert "Paris" in (answer.choices[0].message.content or "")
+    assert answer.choices[0].finish_reason == "stop"
+    assert answer.usage is not None
+    assert answer.usage.total_tokens == answer.usage.prompt_tokens + answer.usage.completion_tokens
+
+
+def test_a_chat_completion_streams_the_same_answer(chat: openai.OpenAI) -> None:
+    whole = ask(chat).choices[0].message.content
+    stream = chat.chat.completions.create(
+        model=MODEL,
+        messages=[{"role": "user", "content": QUESTION}],
+        stream=True,
+        stream_options={"include_usage": True},
+    )
+    chunks = list(stream)
+
+    text = "".join(c.choices[0].delta.content or "" for c in chunks if c.choices)
+    assert text == whole
+    assert chunks[0].choices[0].delta.role == "assistant"
+    assert [c.choices[0].finish_reason for c in chunks if c.choices][-1] == "stop"
+    assert chunks[-1].usage is not None
+    assert chunks[-1].usage.completion_tokens > 1
+
+
+def test_a_text_completion_continues_its_prompt(chat: openai.OpenAI) -> None:
+    answer = chat.completions.create(
+        model=MODEL, prompt="The capital of France is", max_tokens=4, temperature=0
+    )
+
+    assert "Paris" in answer.choices[0].text
+    assert answer.choices[0].finish_reason == "length"
+
+
+def test_a_text_completion_streams(chat: openai.OpenAI) -> None:
+    stream = chat.completions.create(
+        model=MODEL, prompt="The capital of France is", max_tokens=4, temperature=0, stream=True
+    )
+
+    assert "Paris" in "".join(chunk.choices[0].text for chunk in stream if chunk.choices)
+
+
+def test_a_stop_string_ends_the_answer_before_it(chat: openai.OpenAI) -> None:
+    answer = ask(chat, stop=["Paris"])
+
+    assert answer.choices[0].message.content is not None
+    assert "Paris" not in answer.choices[0].message.content
+    assert answer.choices[0].finish_reason == "stop"
+
+
+def test_max_tokens_ends_the_answer_with_length(chat: openai.OpenAI) -> None:
+    answer = ask(chat, max_completion_tokens=2)
+
+    assert answer.choices[0].finish_reason == "length"
+    assert answer.usage is not None
+    assert answer.usage.completion_tokens == 2
+
+
+def test_the_same_seed_gives_the_same_text(chat: openai.OpenAI) -> None:
+    one, two, other = (
+        ask(chat, temperature=1.0, top_p=0.95, seed=seed, max_tokens=24) for seed in (7, 7, 8)
+    )
+
+    assert one.choices[0].message.content == two.choices[0].message.content
+    assert one.choices[0].message.content != other.choices[0].message.content
+
+
+def test_a_model_nobody_has_is_a_404_with_its_code(chat: openai.OpenAI) -> None:
+    with pytest.raises(openai.NotFoundError) as refusal:
+        chat.chat.completions.create(model="gpt-2", messages=[{"role": "user", "content": "hi"}])
+
+    assert refusal.value.code == "model_not_found"
+
+
+def test_a_parameter_that_is_not_honoured_is_refused_in_words(chat: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as refusal:
+        ask(chat, logprobs=True)
+
+    assert refusal.value.code == "unsupported_parameter"
+    assert refusal.value.param == "logprobs"
+
+
+def test_a_prompt_over_the_context_is_refused_with_its_code(chat: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError) as refusal:
+        chat.chat.completions.create(
+            model=MODEL, messages=[{"role": "user", "content": "word " * 9000}]
+        )
+
+    assert refusal.value.code == "context_length_exceeded"
+
+
+def test_the_catalogue_lists_the_loaded_model(chat: openai.OpenAI) -> None:
+    entries = {entry.id: entry for entry in chat.models.list()}
+
+    assert (entries[MODEL].model_extra or {})["loaded"] is True
+
+
+def test_a_message_answers(claude: anthropic.Anthropic) -> None:
+    answer = claude.messages.create(
+        model=MODEL, max_tokens=64, messages=[{"role": "user", "content": QUESTION}]
+    )
+
+    assert answer.content[0].type == "text"
+    assert "Paris" in answer.content[0].text
+    assert answer.stop_reason == "end_turn"
+    assert answer.usage.input_tokens > 10
+
+
+def test_a_message_streams_the_same_answer(claude: anthropic.Anthropic) -> None:
+    whole = claude.messages.create(
+        model=MODEL, max_tokens=64, messages=[{"role": "user", "content": QUESTION}]
+    )
+    with claude.messages.stream(
+        model=MODEL, max_tokens=64, messages=[{"role": "user", "content": QUESTION}]
+    ) as stream:
+        text = "".join(stream.text_stream)
+        final = stream.get_final_message()
+
+    assert whole.content[0].type == "text"
+    assert text == whole.content[0].text
+    assert final.stop_reason == "end_turn"
+    assert final.usage.output_tokens == whole.usage.output_tokens
+
+
+def test_both_dialects_give_the_same_text(chat: openai.OpenAI, claude: anthropic.Anthropic) -> None:
+    answer = claude.messages.create(
+        model=MODEL,
+        max_tokens=64,
+        system="You are terse.",
+        messages=[{"role": "user", "content": QUESTION}],
+    )
+    same = chat.chat.completions.create(
+        model=MODEL,
+        max_tokens=64,
+        messages=[
+            {"role": "system", "content": "You are terse."},
+            {"role": "user", "content": QUESTION},
+        ],
+    )
+
+    assert answer.content[0].type == "text"
+    assert answer.content[0].text == same.choices[0].message.content
+
+
+def test_counting_tokens_is_exact(claude: anthropic.Anthropic) -> None:
+    counted = claude.messages.count_tokens(
+        model=MODEL, messages=[{"role": "user", "content": QUESTION}]
+    )
+    answer = claude.messages.create(
+        model=MODEL, max_tokens=1, messages=[{"role": "user", "content": QUESTION}]
+    )
+
+    assert counted.input_tokens == answer.usage.input_tokens
+    assert answer.stop_reason == "max_tokens"
+
+
+def test_a_prompt_too_long_is_said_as_anthropic_clients_expect(
+    claude: anthropic.Anthropic,
+) -> None:
+    with pytest.raises(anthropic.BadRequestError, match=r"prompt is too long: \d+ tokens > \d+"):
+        claude.messages.create(
+            model=MODEL, max_tokens=5, messages=[{"role": "user", "content": "word " * 9000}]
+        )
+
+
+def test_a_model_nobody_has_is_not_found_in_the_other_dialect(
+    claude: anthropic.Anthropic,
+) -> None:
+    with pytest.raises(anthropic.NotFoundError, match="gpt-2"):
+        claude.messages.create(
+            model="gpt-2", max_tokens=5, messages=[{"role": "user", "content": "hi"}]
+        )
