@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import contextmanager
 from dataclasses import dataclass
 from io import FileIO
 from itertools import groupby
@@ -23,7 +22,7 @@ from torch import Tensor, nn
 
 from cortex.models.batch import KVCache
 from cortex.models.checkpoints.checkpoint import Checkpoint
-from cortex.models.checkpoints.errors import CheckpointError
+from cortex.models.checkpoints.errors import CheckpointError, naming
 from cortex.models.checkpoints.names import is_derived, parameter_name
 from cortex.models.checkpoints.tensors import TensorInfo
 from cortex.models.kernels import cpu
@@ -82,7 +81,7 @@ def load_model(
     if device.type == "cpu":
         cpu.kernels()  # compiled now rather than within the first request
     module = architecture.model(config, width).eval().to(device)
-    with _in_words(path), checkpoint.weights_path.open("rb", buffering=0) as file:
+    with naming(path), checkpoint.weights_path.open("rb", buffering=0) as file:
         sources = _sources(checkpoint, is_tied=config.tie_word_embeddings)
         reader = _Reader(file, sum(source.nbytes for source in sources.values()), on_progress)
         _Filler(
@@ -124,17 +123,6 @@ def resident_bytes(module: nn.Module) -> int:
     """Memory that the weights of *module* take, each shared one counted once."""
     matrices = sum(child.bytes for child in module.modules() if isinstance(child, Matrix))
     return matrices + sum(buffer.numel() * buffer.element_size() for buffer in module.buffers())
-
-
-@contextmanager
-def _in_words(path: Path) -> Iterator[None]:
-    """Name the checkpoint in whatever is wrong with its files."""
-    try:
-        yield
-    except CheckpointError as exc:
-        raise CheckpointError(f"{path}: {exc}") from None
-    except OSError as exc:
-        raise CheckpointError(f"{path}: cannot be read: {exc.strerror or exc}") from exc
 
 
 def _config(checkpoint: Checkpoint, architecture: Architecture) -> Any:

@@ -16,13 +16,11 @@ from __future__ import annotations
 import os
 import struct
 from array import array
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from cortex.models.checkpoints.errors import CheckpointError
+from cortex.models.checkpoints.errors import CheckpointError, naming
 from cortex.models.checkpoints.tensors import GGUF_TYPES, TensorInfo, check_layout, stored_bytes
 
 MAX_STRING_BYTES = 1 << 26
@@ -51,23 +49,12 @@ class GGUFFile:
     @classmethod
     def open(cls, path: Path) -> GGUFFile:
         """Read the header; raises CheckpointError."""
-        with _in_words(path), path.open("rb", buffering=1 << 20) as file:
+        with naming(path), path.open("rb", buffering=1 << 20) as file:
             header = _Header(file)
             tensor_count, entry_count = header.counts()
             metadata = header.metadata(entry_count)
             tensors = header.tensors(tensor_count, _alignment(metadata))
             return cls(path, metadata, tensors)
-
-
-@contextmanager
-def _in_words(path: Path) -> Iterator[None]:
-    """Name the file in whatever is wrong with it."""
-    try:
-        yield
-    except CheckpointError as exc:
-        raise CheckpointError(f"{path}: {exc}") from None
-    except OSError as exc:
-        raise CheckpointError(f"{path}: cannot be read: {exc.strerror or exc}") from exc
 
 
 class _Header:

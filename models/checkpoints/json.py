@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from cortex.models.checkpoints.errors import CheckpointError
+from cortex.models.checkpoints.errors import CheckpointError, naming
 
 MAX_FILE_BYTES = 1 << 24
 
@@ -26,13 +26,10 @@ def parse_object(text: bytes, what: str) -> dict[str, Any]:
 
 def read_object(path: Path) -> dict[str, Any]:
     """Read a small JSON file such as config.json; raises CheckpointError."""
-    try:
-        with path.open("rb") as file:
-            text = file.read(MAX_FILE_BYTES + 1)
-    except OSError as exc:
-        raise CheckpointError(f"{path}: cannot be read: {exc.strerror or exc}") from exc
-    if len(text) > MAX_FILE_BYTES:
-        raise CheckpointError(f"{path}: larger than {MAX_FILE_BYTES} bytes")
+    with naming(path), path.open("rb") as file:
+        text = file.read(MAX_FILE_BYTES + 1)
+        if len(text) > MAX_FILE_BYTES:
+            raise CheckpointError(f"larger than {MAX_FILE_BYTES} bytes")
     return parse_object(text, str(path))
 
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from cortex.models.checkpoints.errors import CheckpointError
+from cortex.models.checkpoints.errors import CheckpointError, naming
 from cortex.models.checkpoints.json import parse_object
 from cortex.models.checkpoints.tensors import (
     SAFETENSORS_TYPES,
@@ -35,13 +35,8 @@ class SafetensorsFile:
     @classmethod
     def open(cls, path: Path) -> SafetensorsFile:
         """Read the header; raises CheckpointError."""
-        try:
-            with path.open("rb") as file:
-                return cls(path, _tensors(file))
-        except CheckpointError as exc:
-            raise CheckpointError(f"{path}: {exc}") from None
-        except OSError as exc:
-            raise CheckpointError(f"{path}: cannot be read: {exc.strerror or exc}") from exc
+        with naming(path), path.open("rb") as file:
+            return cls(path, _tensors(file))
 
 
 def _tensors(file: BinaryIO) -> dict[str, TensorInfo]:

@@ -2,7 +2,7 @@
 
 The library lies in the user's cache directory under a hash of all that went into it: source,
 compiler, flags and the CPU's features. It is compiled beside its place and moved there, so that
-processes which start together never see half a file. Where the cache cannot be written it is
+processes which start together never see half a file. Where there is no cache to write it is
 compiled into a directory that is gone once the library is loaded.
 """
 
@@ -41,9 +41,16 @@ def load_library() -> ctypes.CDLL:
 
 
 def cache_directory() -> Path:
-    """Where compiled libraries are kept (XDG base directory specification)."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    return (Path(base) if Path(base).is_absolute() else Path.home() / ".cache") / "cortex/kernels"
+    """Where compiled libraries are kept (XDG base directory specification); raises OSError."""
+    base = Path(os.environ.get("XDG_CACHE_HOME", ""))
+    return (base if base.is_absolute() else _home() / ".cache") / "cortex/kernels"
+
+
+def _home() -> Path:
+    try:
+        return Path.home()
+    except RuntimeError as exc:
+        raise FileNotFoundError("this user has no home directory") from exc
 
 
 def _find_compiler() -> str:

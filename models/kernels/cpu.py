@@ -186,14 +186,14 @@ class CpuKernels:
         self, q: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: float
     ) -> Tensor:
         """Q [T, N, D] against one layer's cache -> [T, N, D]."""
-        q = q.contiguous()
+        q, tables = q.contiguous(), batch.block_tables.contiguous()
         out = torch.empty_like(q)
         self.c.cortex_attention(
             q.data_ptr(),
             keys.data_ptr(),
             values.data_ptr(),
-            batch.block_tables.contiguous().data_ptr(),
-            batch.block_tables.size(1),
+            tables.data_ptr(),
+            tables.size(1),
             batch.query_starts.data_ptr(),
             batch.query_starts.size(0) - 1,
             batch.positions.data_ptr(),

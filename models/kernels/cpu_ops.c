@@ -394,40 +394,55 @@ INLINE int64_t offset_of(const View *view, int p) {
 
 INLINE floats load_any(const float *p, int n) { return n >= LANES ? load(p) : load_part(p, n); }
 
-/* out[D] = softmax(scale * q . keys[:visible]) values, in PARTS vectors of a head. Online softmax
- * (Milakov and Gimelshein, arXiv:1805.02867) over spans of absolute positions. */
-INLINE void attend(const int PARTS, const float *q, const View *view, int visible, int D, float scale, float *out) {
-    floats query[MAX_HEAD / LANES], sum[MAX_HEAD / LANES] = {}, weights[SPAN / LANES];
-    float top = -INFINITY, total = 0.f, *scores = (float *)weights;
-    for (int i = 0; i < PARTS; i++) query[i] = load_any(q + i * LANES, D - i * LANES);
-    for (int start = 0; start < visible; start += SPAN) {
-        const int count = visible - start < SPAN ? visible - start : SPAN;
-        float span_top = top;
-        for (int p = 0; p < count; p++) {
-            const float *key = view->keys + offset_of(view, start + p);
-            floats dot = {};
-            for (int i = 0; i < PARTS; i++) dot = madd(query[i], load_any(key + i * LANES, D - i * LANES), dot);
-            scores[p] = fold(dot) * scale;
-            span_top = scores[p] > span_top ? scores[p] : span_top;
-        }
-        for (int p = count; p < SPAN; p++) scores[p] = -INFINITY;
-        const float shrink = exp_of_negative(splat(top - span_top))[0];
-        floats span_total = {};
-        for (int i = 0; i < SPAN / LANES; i++) {
-            weights[i] = exp_of_negative(weights[i] - span_top);
-            span_total += weights[i];
-        }
-        total = total * shrink + fold(span_total);
-        for (int i = 0; i < PARTS; i++) sum[i] *= shrink;
-        for (int p = 0; p < count; p++) {
-            const float *value = view->values + offset_of(view, start + p);
-            const floats weight = splat(scores[p]);
-            for (int i = 0; i < PARTS; i++) sum[i] = madd(weight, load_any(value + i * LANES, D - i * LANES), sum[i]);
-        }
-        top = span_top;
-    }
+/* One head of one token on its way: online softmax (Milakov and Gimelshein, arXiv:1805.02867) over
+ * spans of absolute positions, so that the order of its sums is its own. */
+typedef struct {
+    floats query[MAX_HEAD / LANES], sum[MAX_HEAD / LANES];
+    float top, total;
+    int visible; /* positions it sees */
+} Row;
+
+INLINE void begin_row(const int PARTS, Row *row, const float *q, int visible, int D) {
     for (int i = 0; i < PARTS; i++) {
-        const floats v = sum[i] / total;
+        row->query[i] = load_any(q + i * LANES, D - i * LANES);
+        row->sum[i] = (floats){};
+    }
+    row->top = -INFINITY;
+    row->total = 0.f;
+    row->visible = visible;
+}
+
+INLINE void attend_span(const int PARTS, Row *row, const View *view, int start, int D, float scale) {
+    floats sum[MAX_HEAD / LANES], weights[SPAN / LANES], span_total = {};
+    float *scores = (float *)weights, top = row->top;
+    const int count = row->visible - start < SPAN ? row->visible - start : SPAN;
+    for (int p = 0; p < count; p++) {
+        const float *key = view->keys + offset_of(view, start + p);
+        floats dot = {};
+        for (int i = 0; i < PARTS; i++) dot = madd(row->query[i], load_any(key + i * LANES, D - i * LANES), dot);
+        scores[p] = fold(dot) * scale;
+        top = scores[p] > top ? scores[p] : top;
+    }
+    for (int p = count; p < SPAN; p++) scores[p] = -INFINITY;
+    const float shrink = exp_of_negative(splat(row->top - top))[0];
+    for (int i = 0; i < SPAN / LANES; i++) {
+        weights[i] = exp_of_negative(weights[i] - top);
+        span_total += weights[i];
+    }
+    for (int i = 0; i < PARTS; i++) sum[i] = row->sum[i] * shrink;
+    for (int p = 0; p < count; p++) {
+        const float *value = view->values + offset_of(view, start + p);
+        const floats weight = splat(scores[p]);
+        for (int i = 0; i < PARTS; i++) sum[i] = madd(weight, load_any(value + i * LANES, D - i * LANES), sum[i]);
+    }
+    for (int i = 0; i < PARTS; i++) row->sum[i] = sum[i];
+    row->total = row->total * shrink + fold(span_total);
+    row->top = top;
+}
+
+INLINE void end_row(const int PARTS, const Row *row, float *out, int D) {
+    for (int i = 0; i < PARTS; i++) {
+        const floats v = row->sum[i] / row->total;
         memcpy(out + i * LANES, &v, (D - i * LANES < LANES ? D - i * LANES : LANES) * sizeof(float));
     }
 }
@@ -446,34 +461,67 @@ typedef struct {
     const int32_t *tables, *query_starts;
     const int64_t *positions;
     float *out;
-    int64_t tokens;
-    int table_width, heads, kv_heads, D, block_tokens;
+    int table_width, sequences, heads, kv_heads, D, block_tokens, heads_at_once;
     float scale;
 } Attention;
 
-/* One head of one token; the last tokens, which see most, come first. */
-static void attention_item(void *argument, int64_t item) {
-    const Attention *o = argument;
-    const int64_t t = o->tokens - 1 - item / o->heads;
-    const int h = item % o->heads, kv = h / (o->heads / o->kv_heads), D = o->D;
-    int s = 0;
-    while (o->query_starts[s + 1] <= t) s++;
+#define TOKENS_AT_ONCE 8
+#define ROWS_AT_ONCE 16 /* a span of keys and values, fetched once, serves so many rows */
+
+INLINE int64_t tiles_of(const Attention *o, int s) {
+    return (o->query_starts[s + 1] - o->query_starts[s] + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE;
+}
+
+/* Tokens [first, last) of sequence s, heads [head, head + heads) of one key-value head. */
+INLINE void attend(const int PARTS, const Attention *o, int s, int64_t first, int64_t last, int head, int heads,
+                   int D) {
+    const int kv = head / (o->heads / o->kv_heads);
     const View view = {o->keys + (int64_t)kv * D, o->values + (int64_t)kv * D,
                        o->tables + (int64_t)s * o->table_width, o->block_tokens, (int64_t)o->kv_heads * D};
-    const float *from = o->q + (t * o->heads + h) * D;
-    float *to = o->out + (t * o->heads + h) * D;
-    const int visible = (int)o->positions[t] + 1;
-    if (D == 64) attend(4, from, &view, visible, 64, o->scale, to);
-    else if (D == 128) attend(8, from, &view, visible, 128, o->scale, to);
-    else attend((D + LANES - 1) / LANES, from, &view, visible, D, o->scale, to);
+    Row rows[ROWS_AT_ONCE];
+    int count = 0, longest = 0;
+    for (int64_t t = first; t < last; t++)
+        for (int h = head; h < head + heads; h++) {
+            const int visible = (int)o->positions[t] + 1;
+            begin_row(PARTS, &rows[count++], o->q + (t * o->heads + h) * D, visible, D);
+            longest = visible > longest ? visible : longest;
+        }
+    for (int start = 0; start < longest; start += SPAN)
+        for (int r = 0; r < count; r++)
+            if (start < rows[r].visible) attend_span(PARTS, &rows[r], &view, start, D, o->scale);
+    for (int r = 0; r < count; r++)
+        end_row(PARTS, &rows[r], o->out + ((first + r / heads) * o->heads + head + r % heads) * D, D);
+}
+
+/* A tile of tokens and a few heads that share keys and values; the last tokens, which see most,
+ * come first. */
+static void attention_item(void *argument, int64_t item) {
+    const Attention *o = argument;
+    const int groups = o->heads / o->heads_at_once, head = item % groups * o->heads_at_once;
+    int64_t tile = item / groups;
+    int s = o->sequences - 1;
+    while (tile >= tiles_of(o, s)) tile -= tiles_of(o, s--);
+    const int64_t last = o->query_starts[s + 1] - tile * TOKENS_AT_ONCE, start = o->query_starts[s];
+    int64_t first = last - TOKENS_AT_ONCE > start ? last - TOKENS_AT_ONCE : start;
+    const int step = ROWS_AT_ONCE / o->heads_at_once;
+    for (; first < last; first += step) {
+        const int64_t end = first + step < last ? first + step : last;
+        if (o->D == 64) attend(4, o, s, first, end, head, o->heads_at_once, 64);
+        else if (o->D == 128) attend(8, o, s, first, end, head, o->heads_at_once, 128);
+        else attend((o->D + LANES - 1) / LANES, o, s, first, end, head, o->heads_at_once, o->D);
+    }
 }
 
 /* out[T, N, D] = causal attention of q[T, N, D] over the paged cache; token t of sequence s sees
- * positions[t] + 1 positions of it. Every token and head is computed alone, hence the promise. */
+ * positions[t] + 1 positions of it. What is computed together shares the fetching of keys and
+ * values, never a sum: hence the promise. */
 void cortex_attention(const float *q, const float *keys, const float *values, const int32_t *tables,
                       int table_width, const int32_t *query_starts, int sequences, const int64_t *positions,
                       float *out, int heads, int kv_heads, int D, int block_tokens, float scale, int threads) {
-    Attention o = {q, keys, values, tables, query_starts, positions, out, query_starts[sequences],
-                   table_width, heads, kv_heads, D, block_tokens, scale};
-    for_each(threads, o.tokens * heads, attention_item, &o);
+    Attention o = {q, keys, values, tables, query_starts, positions, out, table_width,
+                   sequences, heads, kv_heads, D, block_tokens, heads / kv_heads, scale};
+    int64_t tiles = 0;
+    for (int s = 0; s < sequences; s++) tiles += tiles_of(&o, s);
+    if (o.heads_at_once > ROWS_AT_ONCE || tiles * kv_heads < threads) o.heads_at_once = 1;
+    for_each(threads, tiles * (heads / o.heads_at_once), attention_item, &o);
 }

@@ -36,7 +36,7 @@ def add(x: Tensor, y: Tensor) -> Tensor:
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     """[M, K] -> [M, K]: x / rms(x) * weight, row by row."""
-    fast = cpu.kernels_for(x)
+    fast = cpu.kernels_for(x, weight)
     return fast.rms_norm(x, weight, eps) if fast else reference.rms_norm(x, weight, eps)
 
 

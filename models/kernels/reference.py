@@ -1,14 +1,14 @@
 """Every operation in plain torch, on any device and dtype: what the fused kernels are held to.
 
 Serves where no kernel does: on GPUs, in 16-bit floats, and on a CPU without a C compiler. Unlike
-the C kernels it unpacks a whole matrix for every product, and torch may sum a row in another
+the C kernels it unpacks much of a matrix for every product, and torch may sum a row in another
 order when the number of rows changes; so a sequence's logits are equal only to rounding in another
 batch or chunking. Shapes as in ``models.batch``; M rows, N outputs, K inputs of a projection.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -16,6 +16,9 @@ from torch.nn import functional as F
 
 from cortex.models.batch import Batch
 from cortex.models.quantization import DENSE, Part
+
+UNPACKED_AT_ONCE = 1 << 24
+"""Weights unpacked for one product: in float32 64 MiB, where a large model's head would be GiBs."""
 
 
 def dequantize(kind: str, data: Tensor) -> Tensor:
@@ -60,13 +63,17 @@ UNPACK: dict[str, Callable[[Tensor], Tensor]] = {"Q4_0": _q4_0, "Q4_1": _q4_1, "
 
 def linear(x: Tensor, parts: Sequence[Part]) -> Tensor:
     """X [M, K] times the transpose of the stacked parts [N, K] -> [M, N]."""
-    return torch.cat([F.linear(x, _weights(part, x.dtype)) for part in parts], dim=-1)
+    products = [F.linear(x, w) for part in parts for w in _weights(part, x.size(-1), x.dtype)]
+    return torch.cat(products, dim=-1)
 
 
-def _weights(part: Part, dtype: torch.dtype) -> Tensor:
+def _weights(part: Part, columns: int, dtype: torch.dtype) -> Iterator[Tensor]:
+    """Yield the rows of *part* as they multiply with *dtype*, unpacked as they are asked for."""
     if DENSE.get(part.kind) == dtype:
-        return part.data.view(dtype)
-    return dequantize(part.kind, part.data).to(dtype)
+        yield part.data.view(dtype)
+        return
+    for data in torch.split(part.data, max(1, UNPACKED_AT_ONCE // columns)):
+        yield dequantize(part.kind, data).to(dtype)
 
 
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:

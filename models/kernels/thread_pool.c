@@ -13,7 +13,8 @@
  *
  * A late helper may read fields of a later loop than the generation it woke for. It saw them after
  * the caller had closed the claim, so its compare-and-swap finds another generation and it goes back
- * to sleep. A second caller at the same time runs its loop alone; so does a child after fork().
+ * to sleep. A second caller at the same time runs its loop alone. A child after fork() has no helpers
+ * and starts its own; a loop that another thread was in at that moment is none of theirs.
  */
 #include <linux/futex.h>
 #include <pthread.h>
@@ -97,6 +98,7 @@ static void *pool_helper(void *number) {
 
 static void pool_forget(void) {
     pool_helpers = 0;
+    atomic_store(&pool_claim, UINT32_MAX); /* closed */
     atomic_store(&pool_sleeping, 0);
     pthread_mutex_init(&pool_in_use, NULL);
 }

@@ -23,7 +23,7 @@ from cortex.runtime.device.memory import Limits
 from cortex.runtime.device.model_runner import BLOCK_TOKENS, ModelRunner
 from cortex.runtime.device.refusal import DeviceLost, Refused
 from cortex.runtime.device.sampler import Row, sample
-from cortex.runtime.device.scheduler import TOKEN_BUDGET, Scheduler, StepPlan
+from cortex.runtime.device.scheduler import Scheduler, StepPlan
 from cortex.runtime.device.sequence import Sequence
 
 _log = structlog.get_logger()
@@ -43,7 +43,7 @@ class Engine:
     """Continuous batching over one model's paged cache."""
 
     def __init__(
-        self, model: str, runner: ModelRunner, limits: Limits, *, token_budget: int = TOKEN_BUDGET
+        self, model: str, runner: ModelRunner, limits: Limits, *, token_budget: int
     ) -> None:
         self.model = model
         self.limits = limits

@@ -45,7 +45,6 @@ from cortex.runtime.device.model_runner import (
 )
 from cortex.runtime.device.refusal import DeviceLost, Refused
 from cortex.runtime.device.sampler import sampling_bytes
-from cortex.runtime.device.scheduler import TOKEN_BUDGET
 from cortex.runtime.device.workspace import measure_workspace
 
 PROGRESS_SECONDS = 0.1
@@ -94,7 +93,7 @@ class Loader:
         device: torch.device,
         memory: DeviceMemory,
         *,
-        token_budget: int = TOKEN_BUDGET,
+        token_budget: int,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._load_model = load_model
@@ -176,6 +175,7 @@ class Loader:
             on_progress=_Progress(command, self._clock, self._memory, self._report).tell,
         )
         needs = self._needs(command, model)
+        reclaim(self._device)  # what measuring left with torch's allocator counts as taken
         limits = settle(command, needs, self._memory.free_bytes(model.weights_bytes))
         cache = model.new_cache(limits.blocks, BLOCK_TOKENS)
         runner = ModelRunner(model, cache, self._device)

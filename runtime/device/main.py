@@ -10,6 +10,7 @@ run any torch operation. Its ties to its parents, signals and title are ``cortex
 
 from __future__ import annotations
 
+import gc
 import os
 import sys
 from functools import partial
@@ -27,6 +28,7 @@ from cortex.runtime.device.cuda import measured_free_bytes, torch_device
 from cortex.runtime.device.device import Device
 from cortex.runtime.device.loader import Loader, LoadFunction
 from cortex.runtime.device.memory import DeviceMemory
+from cortex.runtime.device.scheduler import TOKEN_BUDGETS
 
 
 def main(  # noqa: PLR0917 - the fork passes them by position
@@ -45,6 +47,7 @@ def main(  # noqa: PLR0917 - the fork passes them by position
     *memory_bytes* is the device's budget for weights, caches and workspaces, *address* where the
     supervisor's end of the channel is bound. ``threads=None`` leaves torch's own choice.
     """
+    gc.freeze()  # what the imports made stays: no collection, here or in an unload, need look at it
     configure_logging("device", log_level, device=device_name)
     if threads is not None:
         torch.set_num_threads(threads)
@@ -75,7 +78,7 @@ def serve(
     device = torch_device(device_name)
     memory = DeviceMemory(memory_bytes, partial(measured_free_bytes, device))
     tap = Tap(tap_directory, device_name)
-    loader = Loader(load_model, device, memory)
+    loader = Loader(load_model, device, memory, token_budget=TOKEN_BUDGETS[device.type])
     try:
         return Device(
             device, channel=channel, producer=producer, loader=loader, memory=memory, tap=tap

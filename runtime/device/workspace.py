@@ -1,9 +1,9 @@
-"""How much memory a step needs beside weights and cache, measured on two small steps of the model.
+"""How much memory a step needs beside weights and cache, measured on small steps of the model.
 
-What is alive at once in a step is the largest of several places (attention, feed-forward, logits),
-each of which grows in proportion to the tokens of the step, or less, and with the context it
-attends to. So a step of few tokens, times what the largest has more of them, bounds the largest;
-and between a short and a long context, a straight line does.
+After each operation of a step, what is alive is a part that does not depend on the tokens of the
+step (weights that are being unpacked) and one that grows in proportion to them. So two steps of
+few tokens foretell, operation by operation, a step of many, and the largest of these is its peak;
+between a short and a long context, a straight line does.
 
 Only tensors of the measuring thread are counted, so that a load can be measured beside the steps of
 other models. What a kernel allocates inside itself is not seen.
@@ -24,7 +24,7 @@ from cortex.ipc.messages import SamplingParams
 from cortex.runtime.device.model_runner import BLOCK_TOKENS, ModelRunner, ServableModel
 from cortex.runtime.device.scheduler import PlannedSequence, StepPlan
 
-_PROBE_TOKENS = 16
+_PROBE_TOKENS = 4, 8
 _PROBE_CONTEXT_TOKENS = 4096  # a straight line from here on
 
 
@@ -41,11 +41,11 @@ class Workspace:
 
 
 class _LivingTensors(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's
-    """Counts the bytes of the tensors made in the block and alive at once; ``peak_bytes``."""
+    """Counts the bytes of the tensors made in the block and alive, after each operation."""
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call] # torch's
-        self.peak_bytes: int = 0
+        self.history_bytes: list[int] = []
         self._bytes = 0
         self._storages: dict[int, weakref.ref[torch.UntypedStorage]] = {}
 
@@ -66,6 +66,7 @@ class _LivingTensors(TorchDispatchMode):  # type: ignore[no-untyped-call] # torc
         result = func(*args, **(kwargs or {}))
         for tensor in _tensors(result):
             self._count(tensor, tensor.untyped_storage().nbytes())
+        self.history_bytes.append(self._bytes)
         return result
 
     def _count(self, tensor: Tensor, size: int) -> None:
@@ -80,35 +81,43 @@ class _LivingTensors(TorchDispatchMode):  # type: ignore[no-untyped-call] # torc
 
         self._storages[key] = weakref.ref(storage, gone)
         self._bytes += size
-        self.peak_bytes = max(self.peak_bytes, self._bytes)
 
 
-def peak_tensor_bytes(compute: Callable[[], object]) -> int:
-    """Return the most memory that tensors made by *compute* held at one time."""
+def living_bytes(compute: Callable[[], object]) -> list[int]:
+    """Return what tensors made by *compute* held after each of its operations."""
     living = _LivingTensors()
     with living:
         compute()
-    return living.peak_bytes
+    return living.history_bytes
 
 
 def measure_workspace(
     model: ServableModel, device: torch.device, token_budget: int, beside_bytes: int
 ) -> Workspace:
-    """Run *model* on two small steps; *beside_bytes* is what sampling takes after a step."""
+    """Run *model* on small steps; *beside_bytes* is what sampling takes after a step."""
     far = min(_PROBE_CONTEXT_TOKENS, model.max_position_embeddings)
-    near = min(_PROBE_TOKENS, far)
+    near = min(_PROBE_TOKENS[-1], far)
     runner = ModelRunner(model, model.new_cache(1, BLOCK_TOKENS), device)
-    at_near, at_far = (_peak(runner, near, context) for context in (near, far))
-    growth = max(0, at_far - at_near) / max(1, far - near)
-    times = token_budget / near
+    at_near, at_far = (_foretell(runner, token_budget, context) for context in (near, far))
+    growth = max(0, at_far - at_near) // max(1, far - near)
     return Workspace(
-        fixed_bytes=int(times * max(0, at_near - growth * near)) + beside_bytes,
-        bytes_per_context_token=int(times * growth),
+        fixed_bytes=max(0, at_near - growth * near) + beside_bytes,
+        bytes_per_context_token=growth,
     )
 
 
-def _peak(runner: ModelRunner, tokens: int, context: int) -> int:
-    """Return the peak of a step of *tokens* at the end of *context*, all of it in block 0."""
+def _foretell(runner: ModelRunner, tokens: int, context: int) -> int:
+    """Return the peak of a step of *tokens*, as if they fitted into *context*."""
+    few, more = (min(count, context) for count in _PROBE_TOKENS)
+    at_few, at_more = _history(runner, few, context), _history(runner, more, context)
+    if few == more or len(at_few) != len(at_more):  # other tokens, other operations: a bound
+        return max(at_more) * -(-tokens // more)
+    times = (tokens - few) / (more - few)
+    return int(max(a + (b - a) * times for a, b in zip(at_few, at_more, strict=True)))
+
+
+def _history(runner: ModelRunner, tokens: int, context: int) -> list[int]:
+    """Run a step of *tokens* at the end of *context*, all of it in block 0."""
     step = PlannedSequence(
         sequence_id=0,
         token_ids=[0] * tokens,
@@ -117,7 +126,7 @@ def _peak(runner: ModelRunner, tokens: int, context: int) -> int:
         samples=True,
         sampling=SamplingParams(temperature=0.0, max_tokens=1, seed=0),
     )
-    return peak_tensor_bytes(lambda: runner.forward(StepPlan([step])))
+    return living_bytes(lambda: runner.forward(StepPlan([step])))
 
 
 def _tensors(tree: Any) -> Iterable[Tensor]:

@@ -13,6 +13,7 @@ from cortex.models.weights import load_model
 from cortex.runtime.device.engine import Engine
 from cortex.runtime.device.memory import Limits
 from cortex.runtime.device.model_runner import BLOCK_TOKENS, ModelRunner
+from cortex.runtime.device.scheduler import TOKEN_BUDGETS
 from cortex.runtime.text import TextSide
 from stack import MODEL, Stack
 from tiny_models import llama_from_gguf
@@ -44,7 +45,7 @@ def engine(embedded_model: Path) -> Engine:
     )
     limits = Limits(max_context_tokens=512, max_sequences=8, blocks=64, workspace_bytes=0)
     runner = ModelRunner(model, model.new_cache(limits.blocks, BLOCK_TOKENS), device)
-    return Engine(MODEL, runner, limits)
+    return Engine(MODEL, runner, limits, token_budget=TOKEN_BUDGETS["cpu"])
 
 
 @pytest.fixture(scope="module")

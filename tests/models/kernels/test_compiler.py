@@ -141,6 +141,18 @@ def test_a_relative_cache_directory_is_ignored(monkeypatch: pytest.MonkeyPatch) 
     assert compiler.cache_directory() == Path.home() / ".cache/cortex/kernels"
 
 
+def test_a_user_without_a_home_directory_compiles_for_each_process(
+    log: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def missing(_: type[Path]) -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    monkeypatch.setattr(Path, "home", classmethod(missing))
+
+    assert load_library().nothing is not None
+
+
 def test_a_machine_without_proc_has_features_too(monkeypatch: pytest.MonkeyPatch) -> None:
     def missing(path: Path) -> str:
         raise FileNotFoundError(path)

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import logging
-import subprocess
-import sys
-from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 
 import pytest
 import torch
@@ -232,44 +230,37 @@ def test_other_widths_and_devices_go_to_torch(x: Tensor) -> None:
     assert cpu.kernels_for(x) is None
 
 
-def test_python_threads_that_compute_at_once_do_not_disturb_each_other(
-    kernels: cpu.CpuKernels,
-) -> None:
-    part, inputs = random_part("Q4_0", 500, 64), [torch.randn(3, 64) for _ in range(6)]
-    expected = [kernels.linear(x, [part]) for x in inputs]
+def test_block_tables_may_be_a_view_of_larger_ones(kernels: cpu.CpuKernels) -> None:
+    q, keys, values, batch = sequences([(40, 3), (0, 20)], heads=4, size=16)
+    wide = torch.cat([batch.block_tables, torch.full_like(batch.block_tables, 2**30)], dim=1)
+    view = wide[:, : batch.block_tables.size(1)]
 
-    def often(x: Tensor) -> list[Tensor]:
-        return [kernels.linear(x, [part]) for _ in range(200)]
+    out = kernels.attention(q, keys, values, replace(batch, block_tables=view), 0.25)
 
-    with ThreadPoolExecutor(6) as pool:
-        results = list(pool.map(often, inputs))
-
-    for wanted, found in zip(expected, results, strict=True):
-        assert all(torch.equal(wanted, y) for y in found)
+    assert torch.equal(out, kernels.attention(q, keys, values, batch, 0.25))
 
 
-FORKS = """
-import os, torch
-from pathlib import Path
-from cortex.models.kernels import cpu
-from cortex.models.quantization import Part
+def test_a_norm_of_another_width_goes_to_torch() -> None:
+    x, weight = torch.randn(3, 64), torch.randn(64)
 
-torch.set_num_threads(3)
-part = Part("F32", torch.randn(500, 64).view(torch.uint8))
-x = torch.randn(3, 64)
-expected = cpu.kernels().linear(x, [part])
-if os.fork() == 0:
-    equal = torch.equal(cpu.kernels().linear(x, [part]), expected)
-    threads = len(list(Path("/proc/self/task").iterdir()))
-    os._exit(0 if equal and threads == 3 else 1)
-raise SystemExit(os.waitstatus_to_exitcode(os.wait()[1]))
-"""
+    y = ops.rms_norm(x, weight.half(), 1e-5)
+
+    torch.testing.assert_close(y, reference.rms_norm(x, weight.half(), 1e-5))
 
 
-def test_a_forked_child_computes_with_threads_of_its_own() -> None:
-    command = [sys.executable, "-W", "ignore", "-c", FORKS]  # forking with threads is warned of
+def test_plain_torch_unpacks_a_large_matrix_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    part, x = random_part("Q4_1", 50, 64), torch.randn(3, 64)
+    whole, unpack, unpacked = reference.linear(x, [part]), reference.dequantize, list[int]()
 
-    assert subprocess.run(command, timeout=60, check=False).returncode == 0
+    def counting(kind: str, data: Tensor) -> Tensor:
+        unpacked.append(len(data))
+        return unpack(kind, data)
+
+    monkeypatch.setattr(reference, "dequantize", counting)
+    monkeypatch.setattr(reference, "UNPACKED_AT_ONCE", 7 * 64)
+
+    torch.testing.assert_close(reference.linear(x, [part]), whole)
+    assert unpacked == [7] * 7 + [1]
 
 
 def test_no_memory_is_an_error(kernels: cpu.CpuKernels, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -245,6 +245,7 @@ def test_a_step_that_fails_ends_its_sequences_and_the_engine_goes_on() -> None:
         torch.OutOfMemoryError("CUDA out of memory"),
         MemoryError(),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        torch.AcceleratorError("CUDA error: out of memory"),
     ],
 )
 def test_a_step_out_of_memory_ends_only_the_youngest(error: Exception) -> None:
@@ -266,6 +267,7 @@ def test_a_step_out_of_memory_ends_only_the_youngest(error: Exception) -> None:
     [
         torch.AcceleratorError("CUDA error: device-side assert triggered"),
         RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"),
+        RuntimeError("CUDA driver error: unknown error"),
         RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
     ],
 )

@@ -38,7 +38,7 @@ def memory() -> DeviceMemory:
 
 @pytest.fixture
 def loader(load: FakeLoad, memory: DeviceMemory) -> Iterator[Loader]:
-    loader = Loader(load, CPU, memory, clock=Clock(0.0))
+    loader = Loader(load, CPU, memory, token_budget=512, clock=Clock(0.0))
     yield loader
     loader.close()
 
@@ -88,7 +88,9 @@ def test_nothing_has_happened_before_it_has(loader: Loader) -> None:
 
 def test_progress_comes_at_most_ten_times_a_second(load: FakeLoad, memory: DeviceMemory) -> None:
     load.progress = [(0, 60), (10, 60), (20, 60), (30, 60), (60, 60)]
-    loader = Loader(load, CPU, memory, clock=Clock(0.0, 0.0, 0.05, 0.1, 0.15, 0.25))
+    loader = Loader(
+        load, CPU, memory, token_budget=512, clock=Clock(0.0, 0.0, 0.05, 0.1, 0.15, 0.25)
+    )
     loader.start(LoadModel(1, "m", "/m"))
 
     told = [o for o in outcomes(loader) if isinstance(o, LoadProgress)]
@@ -170,7 +172,7 @@ def test_a_device_that_cannot_clean_up_after_a_load_is_lost(
 
 
 def test_a_device_that_is_not_there_is_lost(load: FakeLoad, memory: DeviceMemory) -> None:
-    loader = Loader(load, torch.device("cuda:99"), memory)
+    loader = Loader(load, torch.device("cuda:99"), memory, token_budget=512)
 
     assert isinstance(outcome(loader, LoadModel(1, "m", "/m")), DeviceLost)
     loader.close()

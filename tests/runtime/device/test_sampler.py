@@ -9,8 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cortex.ipc.messages import SamplingParams
+from cortex.runtime.device.philox import uniform
 from cortex.runtime.device.sampler import Row, sample, sampling_bytes
-from cortex.runtime.device.workspace import peak_tensor_bytes
+from cortex.runtime.device.workspace import living_bytes
 
 DRAWS = 4000
 
@@ -130,11 +131,46 @@ def test_a_row_gets_the_same_token_alone_as_in_any_company(many: list[Row], nois
     assert sample(logits, many) == alone
 
 
+def plainly(logits: list[float], row: Row) -> int:
+    """Choose as the sampler says it does, one step after the other."""
+    sampling, ids = row.sampling, sorted(range(len(logits)), key=lambda i: (-logits[i], i))
+    largest = logits[ids[0]]
+    weights = [int(math.exp((x - largest) / sampling.temperature) * 2**40) for x in logits]
+    ids = ids[: sampling.top_k or None]
+    mark, before, kept = sampling.top_p * sum(weights[i] for i in ids), 0, list[int]()
+    for i in ids:
+        if before < mark:
+            kept.append(i)
+        before += weights[i]
+    left = uniform(sampling.seed, row.position) * sum(weights[i] for i in kept)
+    for i in sorted(kept):
+        left -= weights[i]
+        if left < 0:
+            return i
+    return max(kept)
+
+
+@pytest.mark.parametrize("spread", [0.1, 1.0, 5.0])  # the nucleus has thousands, many, few tokens
+@pytest.mark.parametrize("top_p", [1e-9, 0.3, 0.95, 1.0])
+@pytest.mark.parametrize("top_k", [0, 1, 40, 1024, 1025, 2000, 2999, 3000, 10_000])
+def test_it_chooses_what_the_definition_says(spread: float, top_p: float, top_k: int) -> None:
+    generator = torch.Generator().manual_seed(top_k)
+    logits = (torch.randn(4, 3000, generator=generator) * 16).round() / 16 * spread  # with ties
+    rows = [
+        row(n, temperature=temperature, top_p=top_p, top_k=top_k, seed=7)
+        for n, temperature in enumerate([1e-5, 0.7, 1.0, 2.0])
+    ]
+
+    chosen = sample(logits, rows)
+
+    assert chosen == [plainly(x, r) for x, r in zip(logits.tolist(), rows, strict=True)]
+
+
 @pytest.mark.parametrize("count", [1, 3, 20])
 def test_it_stays_within_the_memory_that_it_says(count: int) -> None:
     logits = torch.randn(count, 5000)
     many = [row(n, top_p=0.9, top_k=50) for n in range(count)]
 
-    peak = peak_tensor_bytes(lambda: sample(logits, many))
+    peak = max(living_bytes(lambda: sample(logits, many)))
 
     assert peak + 4 * logits.numel() <= sampling_bytes(count, 5000)

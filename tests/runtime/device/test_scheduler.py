@@ -125,7 +125,7 @@ def test_a_preempted_sequence_waits_in_front_of_those_that_came_later() -> None:
 
 
 def test_a_sequence_ends_at_the_limit_of_the_context() -> None:
-    s = Scheduler(BlockPool(64, 16), max_sequences=1, max_context_tokens=10)
+    s = Scheduler(BlockPool(64, 16), max_sequences=1, max_context_tokens=10, token_budget=32)
     s.add(sequence(1, 8))
 
     step(s)
@@ -150,15 +150,18 @@ def test_ending_an_unknown_sequence_is_not_an_error() -> None:
 
 
 class SchedulerMachine(RuleBasedStateMachine):
-    """Any interleaving of arrivals, steps and cancellations."""
+    """Any interleaving of arrivals, steps and cancellations.
+
+    Room for two sequences as they join, so that their further growth sends some of them back.
+    """
 
     def __init__(self) -> None:
         super().__init__()
-        self.scheduler = scheduler(blocks=12, block_tokens=4, seats=3, budget=7)
+        self.scheduler = scheduler(blocks=36, block_tokens=4, seats=3, budget=23)
         self.arrivals = 0
         self.open: set[int] = set()
 
-    @rule(prompt_tokens=st.integers(1, 47), max_tokens=st.integers(1, 60))
+    @rule(prompt_tokens=st.integers(1, 143), max_tokens=st.integers(1, 143))
     def arrive(self, prompt_tokens: int, max_tokens: int) -> None:
         self.scheduler.add(sequence(self.arrivals, prompt_tokens, max_tokens))
         self.open.add(self.arrivals)

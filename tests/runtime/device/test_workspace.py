@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from cortex.models.batch import Batch
-from cortex.runtime.device.workspace import measure_workspace, peak_tensor_bytes
+from cortex.runtime.device.workspace import living_bytes, measure_workspace
 from engine_fakes import FakeModel, RecallingModule
 
 KIB = 1024
@@ -18,7 +18,7 @@ def test_tensors_alive_at_once_are_added_up() -> None:
         first = torch.zeros(KIB, dtype=torch.uint8)
         return torch.cat([first, first])
 
-    assert peak_tensor_bytes(compute) == 3 * KIB
+    assert living_bytes(compute) == [KIB, 3 * KIB]
 
 
 def test_a_tensor_that_is_gone_does_not_count_with_the_next() -> None:
@@ -26,17 +26,17 @@ def test_a_tensor_that_is_gone_does_not_count_with_the_next() -> None:
         for _ in range(5):
             torch.zeros(KIB, dtype=torch.uint8)
 
-    assert peak_tensor_bytes(compute) == KIB
+    assert max(living_bytes(compute)) == KIB
 
 
 def test_views_and_what_was_there_before_cost_nothing() -> None:
     weights = torch.zeros(64, 64)
 
-    assert peak_tensor_bytes(lambda: weights.t()[3:].unsqueeze(0).add_(1)) == 0
+    assert not any(living_bytes(lambda: weights.t()[3:].unsqueeze(0).add_(1)))
 
 
 def test_every_tensor_of_a_result_with_many_counts() -> None:
-    assert peak_tensor_bytes(lambda: torch.zeros(8, dtype=torch.uint8).sort()) == 8 + 8 + 8 * 8
+    assert living_bytes(lambda: torch.zeros(8, dtype=torch.uint8).sort())[-1] == 8 + 8 + 8 * 8
 
 
 class Square(RecallingModule):
@@ -58,6 +58,37 @@ def test_a_large_step_is_what_the_small_ones_foretell() -> None:
     assert true <= workspace.at(2048) < true + 200_000  # the batch's own tensors are in it
 
 
+class Unpacking(RecallingModule):
+    """Unpacks 100 KiB of weights, whatever the tokens, before it makes 5 bytes for each."""
+
+    def forward(self, batch: Batch) -> Tensor:
+        torch.zeros(100 * KIB, dtype=torch.uint8)
+        return torch.zeros(len(batch.token_ids), 5, dtype=torch.uint8)[:1].float()
+
+
+def test_what_does_not_grow_with_the_tokens_is_not_multiplied_by_them() -> None:
+    model = FakeModel(Unpacking())
+
+    workspace = measure_workspace(model, torch.device("cpu"), token_budget=512, beside_bytes=0)
+
+    assert 100 * KIB <= workspace.at(2048) < 200 * KIB
+
+
+class Wandering(RecallingModule):
+    """Runs an operation for every token, so that steps cannot be compared one by one."""
+
+    def forward(self, batch: Batch) -> Tensor:
+        return torch.stack([torch.zeros(KIB) for _ in batch.token_ids])[:1]
+
+
+def test_steps_of_other_operations_still_give_a_bound() -> None:
+    model = FakeModel(Wandering())
+
+    workspace = measure_workspace(model, torch.device("cpu"), token_budget=512, beside_bytes=0)
+
+    assert workspace.at(2048) >= 2 * 512 * KIB * 4
+
+
 def test_a_model_made_for_very_few_tokens_can_be_measured() -> None:
     model = FakeModel(max_position_embeddings=2)
 
@@ -67,8 +98,8 @@ def test_a_model_made_for_very_few_tokens_can_be_measured() -> None:
 def test_measuring_does_not_import_the_compiler_of_torch() -> None:
     code = """
 import sys, torch
-from cortex.runtime.device.workspace import peak_tensor_bytes
-sys.exit(peak_tensor_bytes(lambda: torch.ones(8) + 1) != 64 or "torch._dynamo" in sys.modules)
+from cortex.runtime.device.workspace import living_bytes
+sys.exit(living_bytes(lambda: torch.ones(8) + 1)[-1] != 64 or "torch._dynamo" in sys.modules)
 """
 
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
