@@ -3,13 +3,12 @@
 start    pool of connections, then both ports, then the poller; ready at once, nodes or not
 serve    until somebody stops it
 drain    new inference is refused with 503, what runs may finish within a minute
-stop     ports closed, what still runs is cancelled
+stop     what still runs ends with an error, ports closed
 """
 
 from __future__ import annotations
 
 import ipaddress
-import os
 from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Self
@@ -20,9 +19,9 @@ from aiohttp import web
 from cortex.gateway.auth import authenticating
 from cortex.gateway.background import Background
 from cortex.gateway.catalogue import BUILT_IN, Catalogue
-from cortex.gateway.config import GatewayConfig, split_address
+from cortex.gateway.config import GatewayConfig
 from cortex.gateway.door import Door
-from cortex.gateway.errors import errors_in_dialect
+from cortex.gateway.errors import errors_in_dialect, reason_of
 from cortex.gateway.eviction import EvictionPolicy, NothingIsEvicted
 from cortex.gateway.fleet import Fleet
 from cortex.gateway.lifecycle import Lifecycle
@@ -34,6 +33,7 @@ from cortex.gateway.routes import SERVICES, Services, add_routes
 from cortex.gateway.upstream import NodeClient
 from cortex.ipc.node_api import MAX_BODY_BYTES
 from cortex.ipc.service_manager import feed_watchdog, notify
+from cortex.ipc.settings import split_address
 
 CLOSING_SECONDS = 1.0
 """What the ports give to connections when they close; requests have been waited for before."""
@@ -46,8 +46,7 @@ class CannotListen(Exception):
     """A port is taken, or is not ours to take."""
 
     def __init__(self, address: str, error: OSError) -> None:
-        reason = os.strerror(error.errno) if error.errno and error.errno > 0 else str(error)
-        super().__init__(f"cannot listen on {address}: {reason.lower()}")
+        super().__init__(f"cannot listen on {address}: {reason_of(error)}")
 
 
 class Gateway:
@@ -133,6 +132,7 @@ class Gateway:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self.door.cut()
         await self._stack.__aexit__(kind, error, traceback)
 
 

@@ -7,7 +7,7 @@ unknown one is nobody's: clients send placeholders. Where they are required it i
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import structlog
@@ -51,9 +51,10 @@ class Keys:
     def __init__(self, keys: Iterable[Key]) -> None:
         self._principals = {_digest(key.key): _principal(key) for key in keys}
 
-    def principal(self, key: str | None) -> Principal | None:
-        """Return whose *key* is, or None."""
-        return None if key is None else self._principals.get(_digest(key))
+    def principal(self, keys: Iterable[str]) -> Principal | None:
+        """Return whose the first of *keys* is that is anybody's, or None."""
+        found = (self._principals.get(_digest(key)) for key in keys)
+        return next(filter(None, found), None)
 
 
 def _digest(key: str) -> bytes:
@@ -64,12 +65,13 @@ def _principal(key: Key) -> Principal:
     return Principal(key.id, None if key.models is None else frozenset(key.models))
 
 
-def key_in(request: web.Request) -> str | None:
-    """Return the key that *request* carries."""
-    scheme, _, credentials = request.headers.get("Authorization", "").partition(" ")
-    if scheme.lower() == "bearer" and credentials.strip():
-        return credentials.strip()
-    return request.headers.get("x-api-key")
+def keys_in(request: web.Request) -> Iterator[str]:
+    """Yield the keys that *request* carries: with a real one, clients may send a placeholder."""
+    for authorization in request.headers.getall("Authorization", ()):
+        scheme, _, credentials = authorization.partition(" ")
+        if scheme.lower() == "bearer":
+            yield credentials.strip()
+    yield from request.headers.getall("x-api-key", ())
 
 
 def principal_of(request: web.Request) -> Principal:
@@ -83,7 +85,7 @@ def authenticating(entitlements: Entitlements) -> Middleware:
 
     @web.middleware
     async def authenticate(request: web.Request, handler: Handler) -> web.StreamResponse:
-        principal = keys.principal(key_in(request))
+        principal = keys.principal(keys_in(request))
         is_public = (request.method, request.path) in PUBLIC
         if principal is None and entitlements.require_auth and not is_public:
             log.info("request without a valid key", path=request.path)

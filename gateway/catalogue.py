@@ -17,15 +17,14 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from cortex.gateway.config import ConfigError, Part, read_toml, typed
-from cortex.ipc.node_api import EMBEDDED_MODEL, Limit, LoadRequest
-from cortex.ipc.openai import Temperature, TopK, TopP
+from cortex.ipc.node_api import EMBEDDED_MODEL, Limit, LoadRequest, SamplingDefaults
+from cortex.ipc.settings import Origin, Table, TomlFile
 
 Id = Annotated[str, Meta(min_length=1)]
 Count = Annotated[int, Meta(ge=1)]
 
 
-class Limits(Part, frozen=True):
+class Limits(Table, frozen=True):
     """``limit`` of a profile, in tokens: shown while no node knows better."""
 
     context: Count | None = None
@@ -33,15 +32,7 @@ class Limits(Part, frozen=True):
     output: Count | None = None
 
 
-class SamplingDefaults(Part, frozen=True, omit_defaults=True):
-    """``sampling`` of a profile: what holds where a request is silent."""
-
-    temperature: Temperature | None = None
-    top_p: TopP | None = None
-    top_k: TopK | None = None
-
-
-class Profile(Part, frozen=True):
+class Profile(Table, frozen=True):
     """One of ``[[models]]``; what is not said is left to the node."""
 
     id: Id
@@ -69,7 +60,6 @@ class Profile(Part, frozen=True):
 
     def load_request(self) -> LoadRequest:
         """Return what a node is asked."""
-        sampling = msgspec.to_builtins(self.sampling) if self.sampling else None
         return LoadRequest(
             model_id=self.node_id,
             harness=self.harness,
@@ -80,11 +70,11 @@ class Profile(Part, frozen=True):
             max_context_tokens=self.max_context_tokens,
             kv_cache_mb=self.kv_cache_mb,
             max_sequences=self.max_sequences,
-            sampling=sampling,
+            sampling=self.sampling,
         )
 
 
-class ModelsFile(Part, frozen=True):
+class ModelsFile(Table, frozen=True):
     """The whole file."""
 
     models: tuple[Profile, ...] = ()
@@ -133,23 +123,24 @@ BUILT_IN = Catalogue({EMBEDDED_MODEL: Profile(EMBEDDED_MODEL)})
 
 def load_catalogue(path: Path, neurons: Iterable[str]) -> Catalogue:
     """Return what *path* says about a fleet of *neurons*; raise ConfigError."""
-    text, raw = read_toml(path)
-    file = typed(raw, ModelsFile, path, text)
-    ids = [profile.id for profile in file.models]
-    names = set(neurons)
-    for profile in file.models:
-        if ids.count(profile.id) > 1:
-            raise ConfigError(f"{path}: models: id {profile.id!r} is there twice")
+    return _catalogue(TomlFile.read(path), frozenset(neurons))
+
+
+def _catalogue(file: TomlFile, neurons: frozenset[str]) -> Catalogue:
+    said = file.typed(ModelsFile)
+    origin = Origin(file)
+    origin.refuse_twice(("models",), "id", [profile.id for profile in said.models])
+    profiles = {**BUILT_IN.profiles, **{profile.id: profile for profile in said.models}}
+    for index, profile in enumerate(said.models):
         for node in profile.pinned_on:
-            if node not in names:
-                raise ConfigError(f"{path}: {profile.id}: pinned_on: no neuron is called {node!r}")
-    for alias, target in file.aliases.items():
-        if alias in ids or alias in BUILT_IN.profiles:
-            raise ConfigError(f"{path}: aliases: {alias!r} is the id of a model already")
-        if target in file.aliases:
-            raise ConfigError(f"{path}: aliases: {alias!r} names {target!r}, itself an alias")
-    profiles = {**BUILT_IN.profiles, **{profile.id: profile for profile in file.models}}
-    return Catalogue(profiles, file.aliases)
+            if node not in neurons:
+                raise origin.wrong(("models", index, "pinned_on"), f"no neuron is called {node!r}")
+    for alias, target in said.aliases.items():
+        if alias in profiles:
+            raise origin.wrong(("aliases", alias), "this is the id of a model already")
+        if target in said.aliases:
+            raise origin.wrong(("aliases", alias), f"{target!r} is itself an alias")
+    return Catalogue(profiles, said.aliases)
 
 
 def catalogue_for(
@@ -159,5 +150,5 @@ def catalogue_for(
     folder = config_file.parent if config_file else Path("/etc/cortex")
     if models_config is not None:
         return load_catalogue(folder / models_config, neurons)
-    default = folder / "models.toml"
-    return load_catalogue(default, neurons) if default.exists() else BUILT_IN
+    file = TomlFile.read_if_there(folder / "models.toml")
+    return _catalogue(file, frozenset(neurons)) if file else BUILT_IN

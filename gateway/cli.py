@@ -19,12 +19,13 @@ from rich.console import Console
 from cortex.gateway import serving, terminal
 from cortex.gateway.app import CannotListen, Gateway
 from cortex.gateway.catalogue import catalogue_for
-from cortex.gateway.config import API_KEY_VARIABLE, ConfigError, load_config
+from cortex.gateway.config import API_KEY_VARIABLE, load_config
 from cortex.gateway.up import Plan
 from cortex.gateway.up import up as run_up
-from cortex.gateway.version import package_version
 from cortex.ipc.log import configure_logging
 from cortex.ipc.node_api import EMBEDDED_MODEL, GATEWAY_PORT, METRICS_PORT, NEURON_PORT
+from cortex.ipc.settings import ConfigError
+from cortex.ipc.version import BUILD
 
 LOCAL = "127.0.0.1"
 
@@ -51,7 +52,7 @@ at http://127.0.0.1:31313.
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"cortex {package_version()}")
+        typer.echo(f"cortex {BUILD.package_version}")
         raise typer.Exit
 
 
@@ -91,7 +92,9 @@ def up(
         typer.Option(metavar="NAMES", help="cpu:0,cpu:1 or cuda:0; by default all there are."),
     ] = None,
 ) -> None:
-    """Run a gateway and a neuron on this machine until Ctrl-C; a second one hurries it.
+    """Run a gateway and a neuron on this machine.
+
+    Ctrl-C stops them in good order, a second one at once.
 
     \b
       cortex up
@@ -115,7 +118,9 @@ def serve(
         typer.Option(metavar="FILE", help="Configuration; /etc/cortex/cortex.toml if it exists."),
     ] = None,
 ) -> None:
-    """Run the gateway in front of the neurons of a fleet until SIGTERM or Ctrl-C.
+    """Run the gateway in front of a fleet of neurons.
+
+    SIGTERM or Ctrl-C stops it in good order, a second one at once.
 
     \b
     The environment wins over the file: CORTEX_GATEWAY__LISTEN=0.0.0.0:31313 is listen in
@@ -145,10 +150,10 @@ def status(
     json: Annotated[bool, typer.Option("--json", help="Print what /fleet says.")] = False,
 ) -> None:
     """Show nodes, devices and models of a running gateway."""
-    client = terminal.GatewayClient(endpoint, api_key)
+    client = _client(endpoint, api_key)
     try:
-        fleet = asyncio.run(client.get("/fleet"))
-        health = asyncio.run(client.get("/health"))
+        fleet = asyncio.run(client.get("/fleet", "nodes"))
+        health = asyncio.run(client.get("/health", "nodes"))
     except terminal.Unreachable as exc:
         _fail(str(exc), 1)
     if json:
@@ -168,10 +173,16 @@ def chat(
     ] = None,
     api_key: ApiKey = None,
 ) -> None:
-    """Ask a model, or talk with it; Ctrl-D ends a conversation, Ctrl-C an answer."""
-    client = terminal.GatewayClient(endpoint, api_key)
+    """Ask a model, or talk with it.
+
+    Ctrl-D ends a conversation, Ctrl-C an answer.
+    """
+    client = _client(endpoint, api_key)
     try:
-        name = model or asyncio.run(client.default_model())
+        names = [model] if model else asyncio.run(client.default_models())
+        name = names[0]
+        if prompt is not None and len(names) > 1:
+            typer.echo(f"{name} answers; --model asks another one.", err=True)
         if prompt is not None:
             asyncio.run(_turn(client, name, [{"role": "user", "content": prompt}]))
         else:
@@ -183,13 +194,15 @@ def chat(
 
 
 def _converse(client: terminal.GatewayClient, model: str) -> None:
+    is_typed = sys.stdin.isatty()
     typer.echo(f"Talking with {model}; Ctrl-D ends.", err=True)
     messages: list[dict[str, str]] = []
     while True:
         try:
-            said = input("> ")
+            said = input("> " if is_typed else "")
         except EOFError:
-            typer.echo()
+            if is_typed:
+                typer.echo()
             return
         if not said.strip():
             continue
@@ -201,6 +214,13 @@ def _converse(client: terminal.GatewayClient, model: str) -> None:
             messages.pop()
             continue
         messages.append({"role": "assistant", "content": answer})
+
+
+def _client(endpoint: str, key: str | None) -> terminal.GatewayClient:
+    try:
+        return terminal.GatewayClient(endpoint, key)
+    except ConfigError as exc:
+        _fail(str(exc), 2)
 
 
 async def _turn(client: terminal.GatewayClient, model: str, messages: list[dict[str, str]]) -> str:

@@ -11,7 +11,7 @@ import orjson
 from cortex.gateway.catalogue import Target
 from cortex.gateway.dialects.messages import MessagesCall
 from cortex.gateway.fleet import FleetSnapshot
-from cortex.gateway.routing import replicas
+from cortex.gateway.routing import in_words, replicas
 from cortex.gateway.upstream import NodeClient
 from cortex.ipc.errors import ApiError, ModelNotFound, NodeFailed, Recovering
 from cortex.ipc.node_api import HEADER_REQUEST_ID
@@ -28,7 +28,8 @@ async def count_tokens(
     serving = replicas(snapshot, target.node_id)
     nodes = [*serving, *(n for n in snapshot.nodes if n.takes_requests and n not in serving)]
     if not nodes:
-        raise Recovering("no node can count now", retry_after_seconds=5)
+        why = in_words(snapshot.nodes)
+        raise Recovering(f"no node can count now: {why}", retry_after_seconds=5)
     failure: ApiError | None = None
     for node in nodes:
         body = call.count_body(target.node_id)

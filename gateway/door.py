@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 
 from cortex.ipc.errors import ShuttingDown
 
@@ -14,23 +14,38 @@ class Door:
 
     def __init__(self) -> None:
         self.is_closed = False
-        self.inside = 0
+        self._stays: set[asyncio.Timeout] = set()
         self._empty = asyncio.Event()
         self._empty.set()
 
-    @contextmanager
-    def enter(self) -> Iterator[None]:
-        """Count a request while the block runs; raise ShuttingDown behind a closed door."""
+    @property
+    def inside(self) -> int:
+        """Requests that are inside."""
+        return len(self._stays)
+
+    @asynccontextmanager
+    async def enter(self) -> AsyncIterator[None]:
+        """Count a request while the block runs.
+
+        Raise ShuttingDown behind a closed door, and inside the block when it is ``cut``.
+        """
         if self.is_closed:
             raise ShuttingDown("the gateway is shutting down", retry_after_seconds=5)
-        self.inside += 1
-        self._empty.clear()
+        stay = asyncio.timeout(None)
         try:
-            yield
-        finally:
-            self.inside -= 1
-            if not self.inside:
-                self._empty.set()
+            async with stay:
+                self._stays.add(stay)
+                self._empty.clear()
+                try:
+                    yield
+                finally:
+                    self._stays.discard(stay)
+                    if not self._stays:
+                        self._empty.set()
+        except TimeoutError as exc:
+            if not stay.expired():
+                raise
+            raise ShuttingDown("the gateway was stopped", retry_after_seconds=5) from exc
 
     async def close(self, within_seconds: float) -> bool:
         """Let nobody in any more; return whether everybody left in time."""
@@ -41,3 +56,10 @@ class Door:
         except TimeoutError:
             return False
         return True
+
+    def cut(self) -> None:
+        """Let nobody in any more, and end what is inside with ShuttingDown."""
+        self.is_closed = True
+        now = asyncio.get_running_loop().time()
+        for stay in self._stays:
+            stay.reschedule(now)

@@ -7,6 +7,8 @@ logged, not shown. ``x-cortex-source`` tells whether the gateway or a node refus
 
 from __future__ import annotations
 
+import os
+import re
 from typing import Any, Self
 
 import structlog
@@ -30,6 +32,13 @@ from cortex.ipc.node_api import MAX_BODY_BYTES
 
 HEADER_SOURCE = "x-cortex-source"
 BUG = "internal error; the log of the gateway has it by the id of this request"
+PATHS_OF_OPENAI = ("/v1/chat/", "/v1/completions", "/v1/embeddings", "/v1/responses")
+NOT_SERVED = re.compile(
+    r"/v1/(responses(/.*)?|embeddings)|/openapi\.json"
+    r"|/fleet/(models/(un)?pin|nodes/[^/]+/(un)?drain)"
+)
+"""What the design names and this version lacks."""
+
 log = structlog.get_logger()
 
 STATUS_OF_CODE = {
@@ -78,9 +87,9 @@ def dialect_of(request: web.Request) -> Dialect:
     """Return the dialect that the client speaks, told by the path, else by its version header."""
     if request.path.startswith("/v1/messages"):
         return ANTHROPIC
-    if request.path.startswith("/v1/models") and "anthropic-version" in request.headers:
-        return ANTHROPIC
-    return OPENAI
+    if request.path.startswith(PATHS_OF_OPENAI):
+        return OPENAI
+    return ANTHROPIC if "anthropic-version" in request.headers else OPENAI
 
 
 def error_response(dialect: Dialect, error: ApiError, request_id: str) -> web.Response:
@@ -99,22 +108,39 @@ def error_response(dialect: Dialect, error: ApiError, request_id: str) -> web.Re
 @web.middleware
 async def errors_in_dialect(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Answer every exception in the client's dialect, and log those that are bugs."""
+    refused: ApiError
+    allowed = None
     try:
         return await handler(request)
     except ApiError as error:
         refused = error
     except web.HTTPException as error:
         refused = _of_aiohttp(request, error)
+        allowed = error.headers.get("Allow")
     except Exception:
         log.exception("request failed")
         refused = InternalError(BUG)
-    return error_response(dialect_of(request), refused, id_of(request))
+    response = error_response(dialect_of(request), refused, id_of(request))
+    if allowed:
+        response.headers["Allow"] = allowed
+    if request.content.exception():  # where the next request begins cannot be told
+        response.force_close()
+    return response
+
+
+def reason_of(error: OSError) -> str:
+    """Return why a connection could not be made, or a port not be had, without the address."""
+    if error.errno and error.errno > 0:
+        return os.strerror(error.errno).lower()
+    return (error.strerror or str(error)).lower()  # a name that means nothing, say
 
 
 async def read_body(request: web.Request) -> bytes:
-    """Return the body; raise BodyTooLarge."""
+    """Return the body; raise BodyTooLarge, or InvalidRequest where it is not as announced."""
     try:
         return await request.read()
+    except web.RequestPayloadError as exc:
+        raise InvalidRequest("the body is not in the Content-Encoding that it announces") from exc
     except web.HTTPRequestEntityTooLarge as exc:
         raise BodyTooLarge(f"the body is larger than {MAX_BODY_BYTES // 2**20} MiB") from exc
 
@@ -122,6 +148,8 @@ async def read_body(request: web.Request) -> bytes:
 def _of_aiohttp(request: web.Request, error: web.HTTPException) -> ApiError:
     match error:
         case web.HTTPNotFound():
+            if NOT_SERVED.fullmatch(request.path):
+                return RouteNotFound(f"{request.path} is not served by this version")
             return RouteNotFound(f"there is no {request.method} {request.path} here")
         case web.HTTPMethodNotAllowed():
             return MethodNotAllowed(f"{request.path} takes no {request.method}")

@@ -108,13 +108,17 @@ class Lifecycle:
         """
         await self._poller.first_round()
         reason = None
+        has_looked_again = False
         for _ in range(ATTEMPTS):
             decision = decide(self._fleet.snapshot(), target, excluded)
             match decision:
                 case Serve():
                     return Serve(decision.node, reason or decision.reason)
-                case Refuse(error):
-                    raise error
+                case Refuse(error, node):
+                    if node is None or has_looked_again:
+                        raise error
+                    has_looked_again = True
+                    await self._poller.refresh(node.name)
                 case Wait(node):
                     reason = "after-load"
                     load = self._loads.get(target.node_id) or self._follow(target, node)

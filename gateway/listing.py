@@ -7,6 +7,7 @@ Ids are sorted and ``created`` is 0, "not known", so that two calls can be compa
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable
 from typing import Any
 
@@ -14,11 +15,13 @@ from msgspec import UNSET
 
 from cortex.gateway.catalogue import Catalogue
 from cortex.gateway.fleet import FleetSnapshot
+from cortex.gateway.routing import replicas
 from cortex.ipc.errors import InvalidRequest
 from cortex.ipc.node_api import Limit, ModelInfo
 from cortex.ipc.openai import ModelEntry
 
 OWNER = "cortex"
+_LIMIT = re.compile(r"0*[1-9][0-9]{0,8}", re.ASCII)
 EPOCH = "1970-01-01T00:00:00Z"
 """What Anthropic says of a model whose release date is not known."""
 
@@ -41,20 +44,20 @@ def entries(
 
 def _entry(name: str, model: str, snapshot: FleetSnapshot, catalogue: Catalogue) -> ModelEntry:
     target = catalogue.target(model)
-    held = [
-        (node.name, info)
+    held = {
+        node.name: info
         for node in snapshot.nodes
         if node.is_healthy and (info := node.model(target.node_id)) is not None
-    ]
+    }
     declared = target.profile.known_limit() if target.profile else None
-    limit = _limit((info for _, info in held), declared)
+    limit = _limit(held.values(), declared)
     context = limit.context or UNSET
     return ModelEntry(
         id=name,
         created=0,
         owned_by=OWNER,
-        loaded=any(info.status == "loaded" and info.servable.ok for _, info in held),
-        locations=[{"node": node, "status": info.status} for node, info in sorted(held)],
+        loaded=bool(replicas(snapshot, target.node_id)),
+        locations=[{"node": node, "status": held[node].status} for node in sorted(held)],
         context_length=context,
         max_model_len=context,
         max_input_tokens=limit.input or context,
@@ -91,8 +94,8 @@ def anthropic_page(found: list[ModelEntry], query: dict[str, str]) -> dict[str, 
     Without a limit everything is on it. Raise InvalidRequest.
     """
     limit = query.get("limit", str(max(len(found), 1)))
-    if not limit.isdigit() or not int(limit):
-        raise InvalidRequest("limit must be a positive number", param="limit")
+    if not _LIMIT.fullmatch(limit):
+        raise InvalidRequest("limit must be a number from 1 on", param="limit")
     left = [entry for entry in found if entry.id > query.get("after_id", "")]
     if before := query.get("before_id"):
         left = [entry for entry in left if entry.id < before]

@@ -2,7 +2,9 @@
 
 One task a node, so that a slow node delays nobody: ``/models`` and ``/health``, then a
 pause, shorter while a load runs there. Whoever must know more asks for a ``refresh``, which is
-answered by a poll that began after the question.
+answered by a poll that began after the question. Whoever has met something else than what is known
+of a node ``doubt``s it: it is polled at once, and who tells clients of the fleet awaits ``settled``
+first.
 """
 
 from __future__ import annotations
@@ -20,6 +22,9 @@ from cortex.gateway.fleet import Fleet, Node
 from cortex.gateway.upstream import NodeClient
 from cortex.ipc.errors import ApiError
 from cortex.ipc.node_api import Health, ModelInfo
+
+SETTLING_SECONDS = 1.0
+"""What somebody who only wants to look waits for nodes that are in doubt."""
 
 T = TypeVar("T")
 log = structlog.get_logger()
@@ -43,6 +48,19 @@ class Poller:
         """Return once node *name* has been polled by a poll that begins after this call."""
         await self._nodes[name].refresh()
 
+    def doubt(self, name: str) -> None:
+        """Poll node *name* at once: it has just said or done what does not fit what we know."""
+        self._nodes[name].doubt()
+
+    async def settled(self) -> None:
+        """Return once no node is in doubt or not polled yet, or after a second."""
+        try:
+            async with asyncio.timeout(SETTLING_SECONDS):
+                for poller in self._nodes.values():
+                    await poller.settled.wait()
+        except TimeoutError:
+            return
+
     async def first_round(self) -> None:
         """Return once every node has been polled, whatever came of it."""
         for poller in self._nodes.values():
@@ -50,33 +68,36 @@ class Poller:
 
 
 class NodePoller:
-    """Polls one node."""
+    """Polls one node; ``polled`` is set after the first poll, ``settled`` while it is undoubted."""
 
     def __init__(self, name: str, fleet: Fleet, client: NodeClient, timeouts: Timeouts) -> None:
-        self.polled = asyncio.Event()
+        self._next_poll = asyncio.Event()
+        self.polled = self._next_poll
+        self.settled = self._next_poll
         self._name = name
         self._fleet = fleet
         self._client = client
         self._timeouts = timeouts
         self._wanted = asyncio.Event()
-        self._waiting: list[asyncio.Event] = []
 
     async def refresh(self) -> None:
         """Return after the next poll that begins from now on."""
-        done = asyncio.Event()
-        self._waiting.append(done)
+        polled = self._next_poll
         self._wanted.set()
-        await done.wait()
+        await polled.wait()
+
+    def doubt(self) -> None:
+        """Poll at once; not settled before that has been done."""
+        self.settled = self._next_poll
+        self._wanted.set()
 
     async def run(self) -> None:
         """Poll for ever."""
         while True:
             self._wanted.clear()
-            waiting, self._waiting = self._waiting, []
+            polled, self._next_poll = self._next_poll, asyncio.Event()
             await self._poll()
-            self.polled.set()
-            for done in waiting:
-                done.set()
+            polled.set()
             await self._pause()
 
     async def _pause(self) -> None:
@@ -112,7 +133,7 @@ class NodePoller:
         body = await self._client.control(node, f"GET {path}")
         try:
             return msgspec.json.decode(body, type=shape)
-        except msgspec.DecodeError as exc:
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as exc:
             raise UnreadableAnswer(f"GET {path}: {exc}") from exc
 
 

@@ -18,17 +18,20 @@ from dataclasses import dataclass, field
 import structlog
 from aiohttp import web
 
+from cortex.gateway import sse
 from cortex.gateway.auth import Principal, principal_of
+from cortex.gateway.background import Background
 from cortex.gateway.catalogue import Catalogue, Target
 from cortex.gateway.client_stream import ClientGone, ClientStream
 from cortex.gateway.config import Timeouts
-from cortex.gateway.dialects.dialect import Call
+from cortex.gateway.dialects.dialect import Call, Translation
 from cortex.gateway.door import Door
 from cortex.gateway.errors import BUG, dialect_of, read_body
 from cortex.gateway.fleet import Fleet
 from cortex.gateway.lifecycle import Lifecycle, RunningLoad
 from cortex.gateway.metrics import Metrics
 from cortex.gateway.poller import Poller
+from cortex.gateway.renaming import Renaming
 from cortex.gateway.request_id import id_of
 from cortex.gateway.routing import Serve, replicas
 from cortex.gateway.upstream import NodeAnswer, NodeClient
@@ -41,6 +44,20 @@ from cortex.ipc.node_api import (
     HEADER_REQUEST_ID,
     HEADER_USAGE,
 )
+
+DOUBTFUL = frozenset(
+    {
+        "model_loading",
+        "model_not_found",
+        "node_failed",
+        "node_timeout",
+        "recovering",
+        "shutting_down",
+    }
+)
+"""Codes that a node which was asked should not have given, by what we know of it."""
+STALE = frozenset({"model_loading", "model_not_found"})
+"""Those after which the model may have to be waited for, or loaded."""
 
 log = structlog.get_logger()
 
@@ -103,12 +120,13 @@ class Proxy:
         client = ClientStream(request, self._timeouts.client_stalled_seconds)
         record = RequestRecord(request.path, principal.key_id)
         try:
-            with self._door.enter():
+            async with self._door.enter():
                 call = decode(await read_body(request))
                 target = self._catalogue.target(call.model)
                 principal.check_may_use(target.id, self._catalogue)
                 exchange = Exchange(call, target, principal, id_of(request), client, record)
-                return await self._with_retries(exchange)
+                with Renaming(target.node_id, call.model).errors():
+                    return await self._with_retries(exchange)
         except ApiError as error:
             record.failed(error, dialect.status(error))
             if not client.is_started:
@@ -147,6 +165,7 @@ class Proxy:
             try:
                 return await self._ask(exchange, replica)
             except ApiError as error:
+                self._doubt(error, replica)
                 exchange.tried.add(replica.node.name)
                 following = await self._after(error, exchange)
                 if following is None:
@@ -171,8 +190,8 @@ class Proxy:
         """Return where to go on after *error*, or None where it is the client's answer."""
         if exchange.has_answer:
             return None
-        if error.code == "model_not_found" and not exchange.has_looked_again:
-            # Unloaded since the last poll: look again, and load it if it has to be.
+        if error.code in STALE and not exchange.has_looked_again:
+            # Unloaded since the last poll, say: look again, and load it if it has to be.
             exchange.has_looked_again = True
             await self._poller.refresh(exchange.record.node)
             return await self._ready(exchange)
@@ -181,15 +200,27 @@ class Proxy:
             return Serve(left[0], "retried") if left else None
         return None
 
+    def _doubt(self, error: ApiError, replica: Serve) -> None:
+        if error.code in DOUBTFUL:
+            self._poller.doubt(replica.node.name)
+
     async def _ask(self, exchange: Exchange, replica: Serve) -> web.StreamResponse:
-        node, call = replica.node, exchange.call
+        node, call, node_id = replica.node, exchange.call, exchange.target.node_id
         exchange.record.node = node.name
-        body = call.body(exchange.target.node_id)
-        with self._fleet.holding(node.name, exchange.target.node_id):
-            async with self._client.ask(node, call.path, body, exchange.headers()) as answer:
-                if call.wants_stream:
-                    return await self._stream(exchange, replica, answer)
-                return await self._whole(exchange, replica, answer)
+
+        async def control(path: str, body: bytes) -> bytes:
+            headers = {HEADER_REQUEST_ID: exchange.request_id}
+            return await self._client.control(node, f"POST {path}", body, headers)
+
+        request = self._client.ask(node, call.path, call.body(node_id), exchange.headers())
+        with self._fleet.holding(node.name, node_id):
+            if not call.wants_stream:
+                async with request as answer:
+                    return await self._whole(exchange, replica, answer)
+            async with Background() as beside:
+                translation = beside.task(call.translation(node_id, control), "translation")
+                async with request as answer:
+                    return await self._stream(exchange, replica, answer, translation)
 
     async def _whole(
         self, exchange: Exchange, replica: Serve, answer: NodeAnswer
@@ -197,35 +228,36 @@ class Proxy:
         body = await answer.read()
         exchange.record.meter.saw_answer(body)
         return web.Response(
-            body=exchange.call.answer(body),
+            body=exchange.call.answer(exchange.target.node_id, body),
             content_type="application/json",
             headers={HEADER_NODE: replica.node.name, HEADER_REASON: replica.reason},
         )
 
     async def _stream(
-        self, exchange: Exchange, replica: Serve, answer: NodeAnswer
+        self,
+        exchange: Exchange,
+        replica: Serve,
+        answer: NodeAnswer,
+        translating: asyncio.Task[Translation],
     ) -> web.StreamResponse:
         meter, client = exchange.record.meter, exchange.client
         chunk = await answer.next_chunk()
         if not chunk:
             raise NodeFailed(f"node {answer.node.name} ended its answer before it began")
-
-        async def ask(path: str, body: bytes) -> bytes:
-            return await self._client.control(
-                answer.node, f"POST {path}", body, {HEADER_REQUEST_ID: exchange.request_id}
-            )
-
-        translation = await exchange.call.translation(exchange.target.node_id, ask)
+        translation = await translating
         await client.start(replica.node.name, replica.reason)
         exchange.has_answer = True
         while chunk:
             meter.saw(chunk)
+            if sse.ERROR in chunk:  # before the client can act on it
+                self._poller.doubt(replica.node.name)
             if said := translation.feed(chunk):
                 await client.write(said)
             chunk = await answer.next_chunk()
         meter.ended()
         if meter.error:
             # The node has said it in its last frame, and the client has got that.
+            self._doubt(meter.error, replica)
             exchange.record.failed(meter.error, meter.error.status)
         elif not meter.is_complete:
             raise NodeFailed(f"node {answer.node.name} ended its answer too early")

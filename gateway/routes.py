@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any
 
 import msgspec
 from aiohttp import web
@@ -23,13 +23,13 @@ from cortex.gateway.fleet import Fleet, Node
 from cortex.gateway.lifecycle import Lifecycle
 from cortex.gateway.poller import Poller
 from cortex.gateway.proxy import Proxy
+from cortex.gateway.renaming import Renaming
 from cortex.gateway.request_id import id_of
 from cortex.gateway.upstream import NodeClient
-from cortex.gateway.version import BUILD
 from cortex.ipc.errors import InvalidRequest, ModelNotFound
-from cortex.ipc.openai import ModelEntry, ModelList, decode_object
-
-S = TypeVar("S", bound=msgspec.Struct)
+from cortex.ipc.openai import ModelEntry, ModelList
+from cortex.ipc.requests import decode_body
+from cortex.ipc.version import BUILD
 
 
 @dataclass(frozen=True)
@@ -113,9 +113,10 @@ async def messages_count_tokens(request: web.Request) -> web.Response:
     target = services.catalogue.target(call.model)
     principal_of(request).check_may_use(target.id, services.catalogue)
     await services.poller.first_round()
-    count = await count_tokens(
-        services.fleet.snapshot(), services.client, target, call, id_of(request)
-    )
+    with Renaming(target.node_id, call.model).errors():
+        count = await count_tokens(
+            services.fleet.snapshot(), services.client, target, call, id_of(request)
+        )
     return web.json_response({"input_tokens": count})
 
 
@@ -129,7 +130,9 @@ def _entries(services: Services, principal: Principal) -> list[ModelEntry]:
 
 async def models(request: web.Request) -> web.Response:
     """Everything that can be served, in the client's dialect."""
-    found = _entries(request.app[SERVICES], principal_of(request))
+    services = request.app[SERVICES]
+    await services.poller.settled()
+    found = _entries(services, principal_of(request))
     if dialect_of(request) is ANTHROPIC:
         return web.json_response(listing.anthropic_page(found, dict(request.query)))
     return _json(ModelList(found))
@@ -140,6 +143,7 @@ async def model(request: web.Request) -> web.Response:
     name = request.match_info["id"]
     services, principal = request.app[SERVICES], principal_of(request)
     principal.check_may_use(services.catalogue.target(name).id, services.catalogue)
+    await services.poller.settled()
     found = next((entry for entry in _entries(services, principal) if entry.id == name), None)
     if found is None:
         raise ModelNotFound(f"nobody serves the model {name!r}", param="model")
@@ -157,11 +161,12 @@ async def health(request: web.Request) -> web.Response:
         {"node": node.name, "model": m.id, "reason": m.servable.reason, "detail": m.servable.detail}
         for node in healthy
         for m in node.models
-        if m.status == "loaded" and not m.servable.ok
+        if m.status in ("loaded", "recovering") and not m.servable.ok
     ]
-    status = "draining" if services.door.is_closed else "impaired" if unservable else "ok"
+    is_whole = len(healthy) == len(nodes) and not unservable
+    status = "ok" if is_whole else "impaired" if healthy else "degraded"
     body: dict[str, Any] = {
-        "status": status if healthy or services.door.is_closed else "degraded",
+        "status": "draining" if services.door.is_closed else status,
         "nodes": {"healthy": len(healthy), "total": len(nodes)},
     }
     if unservable:
@@ -175,8 +180,9 @@ async def version(_: web.Request) -> web.Response:
 
 
 async def fleet(request: web.Request) -> web.Response:
-    """Every node with its devices, its models, their load, and why it is down if it is."""
+    """Every node: its devices, its models and their load while it is up, and why it is not."""
     services = request.app[SERVICES]
+    await services.poller.settled()
     snapshot = services.fleet.snapshot()
     return _json(
         {
@@ -188,7 +194,7 @@ async def fleet(request: web.Request) -> web.Response:
 
 
 def _node(node: Node) -> dict[str, Any]:
-    known = node.health
+    known = node.health if node.is_healthy else None
     return {
         "name": node.name,
         "endpoint": node.url,
@@ -199,7 +205,7 @@ def _node(node: Node) -> dict[str, Any]:
         "draining": known.draining if known else False,
         "activation": known.activation if known else None,
         "devices": known.devices if known else [],
-        "models": node.models,
+        "models": node.models if known else [],
         "load": known.models if known else [],
     }
 
@@ -207,10 +213,11 @@ def _node(node: Node) -> dict[str, Any]:
 async def load(request: web.Request) -> web.Response:
     """Load a model of the catalogue: 202 once the load runs, or 200 when it is loaded."""
     services = request.app[SERVICES]
-    asked = _body(await read_body(request), FleetLoad)
+    asked = decode_body(await read_body(request), FleetLoad)
     await services.poller.first_round()
     node = _known_node(services.fleet, asked.node)
     target = services.catalogue.target(asked.model)
+    principal_of(request).check_may_use(target.id, services.catalogue)
     running = services.lifecycle.load_unless_loaded(target, node=node)
     if running is None:
         return web.json_response({"status": "loaded"})
@@ -224,10 +231,11 @@ async def load(request: web.Request) -> web.Response:
 async def unload(request: web.Request) -> web.Response:
     """Unload a model; a busy one only by force."""
     services = request.app[SERVICES]
-    asked = _body(await read_body(request), FleetUnload)
+    asked = decode_body(await read_body(request), FleetUnload)
     await services.poller.first_round()
     _known_node(services.fleet, asked.node)
     target = services.catalogue.target(asked.model)
+    principal_of(request).check_may_use(target.id, services.catalogue)
     nodes = await services.lifecycle.unload(target, node=asked.node, force=asked.force)
     return web.json_response({"status": "unloaded", "nodes": nodes})
 
@@ -239,13 +247,6 @@ def _known_node(known: Fleet, name: str | None) -> Node | None:
     if node is None:
         raise InvalidRequest(f"no neuron is called {name!r}", param="node")
     return node
-
-
-def _body(raw: bytes, shape: type[S]) -> S:
-    try:
-        return msgspec.convert(decode_object(raw), shape)
-    except msgspec.ValidationError as exc:
-        raise InvalidRequest(str(exc)) from exc
 
 
 def _json(value: Any) -> web.Response:

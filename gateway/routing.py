@@ -12,6 +12,7 @@ nowhere                                            Refuse 404
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 
@@ -44,9 +45,10 @@ class Load:
 
 @dataclass(frozen=True)
 class Refuse:
-    """It cannot be served now, or at all."""
+    """It cannot be served now, or at all; *node* is the one that might just have got over it."""
 
     error: ApiError
+    node: Node | None = None
 
 
 Decision = Serve | Wait | Load | Refuse
@@ -80,7 +82,7 @@ def decide(
         return Wait(loading[0])
     for node in candidates:
         if why := _not_servable(node, target.node_id):
-            return Refuse(_later(f"{target.id!r} on node {node.name} {why}", 2))
+            return Refuse(_later(f"{target.id!r} on node {node.name} {why}", 2), node)
     if up and target.profile:
         return Load()
     return Refuse(_nobody(snapshot, target))
@@ -89,13 +91,19 @@ def decide(
 def _nobody(snapshot: FleetSnapshot, target: Target) -> ApiError:
     away = [node for node in snapshot.nodes if not node.takes_requests]
     if len(away) == len(snapshot.nodes):
-        return _later(f"no node can take {target.id!r} now", 5)
-    if any(node.model(target.node_id) for node in away):
-        return _later(f"the node that serves {target.id!r} is down or draining", 3)
+        return _later(f"no node can take {target.id!r} now: {in_words(away)}", 5)
+    if serving := [node for node in away if node.model(target.node_id)]:
+        return _later(f"{target.id!r} cannot be served now: {in_words(serving)}", 3)
     return ModelNotFound(
         f"nobody serves the model {target.id!r}; GET /v1/models lists what there is",
         param="model",
     )
+
+
+def in_words(away: Iterable[Node]) -> str:
+    """Return why the nodes *away* take no requests: ``node a is down, node b is draining``."""
+    states = [(node.name, "draining" if node.is_healthy else "down") for node in away]
+    return ", ".join(f"node {name} is {state}" for name, state in states) or "there is none"
 
 
 def _not_servable(node: Node, model_id: str) -> str | None:
@@ -104,7 +112,11 @@ def _not_servable(node: Node, model_id: str) -> str | None:
         return None
     if model.status == "loaded":
         return f"cannot be served: {model.servable.detail or model.servable.reason or 'no reason'}"
-    return f"is {model.status}"
+    return (
+        f"is {model.status}: {detail}"
+        if (detail := model.servable.detail)
+        else f"is {model.status}"
+    )
 
 
 def _later(message: str, retry_after_seconds: int) -> Recovering:

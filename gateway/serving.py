@@ -6,24 +6,35 @@ import asyncio
 import signal
 from collections.abc import Callable
 
+import structlog
+
 from cortex.gateway.app import Gateway
 from cortex.gateway.catalogue import Catalogue
 from cortex.gateway.config import GatewayConfig
+
+log = structlog.get_logger()
 
 INTERRUPTED = 130
 """Exit status after a second signal, which cuts the drain short."""
 
 
 class StopSignals:
-    """SIGTERM and Ctrl-C: the first asks to stop, the second cancels the task that made this."""
+    """SIGTERM and Ctrl-C: the first asks to stop, the second cancels the task that made this.
 
-    def __init__(self) -> None:
+    SIGHUP stops too where it says that the terminal is gone; a daemon is told by it to read its
+    configuration again, which this version cannot, and says so. ``nohup`` is left as it is.
+    """
+
+    def __init__(self, *, is_daemon: bool) -> None:
         self.asked = asyncio.Event()
         self.is_impatient = False
         self._task = asyncio.current_task()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
+        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            on_hangup = _cannot_reload if is_daemon else self._on_signal
+            loop.add_signal_handler(signal.SIGHUP, on_hangup)
 
     def _on_signal(self) -> None:
         if not self.asked.is_set():
@@ -34,11 +45,15 @@ class StopSignals:
             self._task.cancel()
 
 
+def _cannot_reload() -> None:
+    log.warning("configuration not reloaded", why="this version reads it at its start only")
+
+
 async def serve(
     config: GatewayConfig, catalogue: Catalogue, on_ready: Callable[[Gateway], None]
 ) -> int:
     """Serve until a signal, drain, and return the exit status; *on_ready* gets the gateway."""
-    signals = StopSignals()
+    signals = StopSignals(is_daemon=True)
     try:
         async with Gateway(config, catalogue) as gateway:
             on_ready(gateway)

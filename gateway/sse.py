@@ -12,8 +12,11 @@ from typing import Any
 import orjson
 
 END = b"\n\n"
+DATA = b"data: "
 DONE = b"data: [DONE]"
 USAGE = b": usage "
+ERROR = b'data: {"error"'
+"""How the frame begins with which a neuron ends a stream that failed."""
 
 
 class EventSplitter:
@@ -35,10 +38,10 @@ def is_comment(event: bytes) -> bool:
 
 def data_of(event: bytes) -> dict[str, Any] | None:
     """Return the JSON object that *event* carries, or None: a comment, ``[DONE]``, not JSON."""
-    if not event.startswith(b"data: {"):
+    if not event.startswith(DATA + b"{"):
         return None
     try:
-        data: dict[str, Any] = orjson.loads(event[len(b"data: ") :])
+        data: dict[str, Any] = orjson.loads(event[len(DATA) :])
     except orjson.JSONDecodeError:
         return None
     return data
@@ -58,7 +61,7 @@ def usage_of(event: bytes) -> dict[str, Any] | None:
 def event(data: dict[str, Any], name: str | None = None) -> bytes:
     """Return *data* as an event, with a name where the dialect has them."""
     head = f"event: {name}\n".encode() if name else b""
-    return head + b"data: " + orjson.dumps(data) + END
+    return head + DATA + orjson.dumps(data) + END
 
 
 def comment(text: str) -> bytes:

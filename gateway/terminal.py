@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+import re
+from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
 import orjson
 from rich.console import Console
-from rich.table import Table
+from rich.table import Column, Table
+from rich.text import Text
 
 from cortex.gateway import sse
+from cortex.gateway.config import ENDPOINT
+from cortex.gateway.errors import reason_of
+from cortex.ipc.settings import ConfigError
 
 CONNECT_SECONDS = 5.0
 
@@ -24,35 +29,48 @@ class GatewayClient:
     """Asks the gateway at *endpoint*; *key* goes along where there is one."""
 
     def __init__(self, endpoint: str, key: str | None) -> None:
+        """Raise ConfigError for an endpoint or a key that nobody can have."""
+        if not re.match(ENDPOINT, endpoint):
+            raise ConfigError(f"--endpoint {endpoint!r}: expected http://HOST:PORT, without a path")
+        if key and not (key.isascii() and key.isprintable()):
+            raise ConfigError("--api-key: expected printable ASCII characters only, on one line")
         self._endpoint = endpoint.rstrip("/")
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
 
-    async def get(self, path: str) -> Any:
-        """Return what ``GET path`` answers; raise Unreachable."""
+    async def get(self, path: str, member: str) -> dict[str, Any]:
+        """Return what ``GET path`` answers: an object with *member*; raise Unreachable."""
         async with self._request("GET", path) as response:
-            return orjson.loads(await response.read())
+            body = await response.read()
+        try:
+            answer = orjson.loads(body)
+        except orjson.JSONDecodeError:
+            answer = None
+        if not isinstance(answer, dict) or member not in answer:
+            raise Unreachable(f"{self._endpoint} answers, but it is no cortex gateway")
+        return answer
 
-    async def default_model(self) -> str:
-        """Return a model that is loaded, else any; raise Unreachable where there is none."""
-        found = (await self.get("/v1/models"))["data"]
+    async def default_models(self) -> list[str]:
+        """Return the models that are loaded, else all; raise Unreachable where there is none."""
+        found = (await self.get("/v1/models", "data"))["data"]
         if not found:
             raise Unreachable(f"{self._endpoint} serves no model")
         loaded = [entry["id"] for entry in found if entry.get("loaded")]
-        name: str = (loaded or [entry["id"] for entry in found])[0]
-        return name
+        return loaded or [entry["id"] for entry in found]
 
     async def answer(self, model: str, messages: list[dict[str, str]]) -> AsyncIterator[str]:
         """Yield the text of the next turn as it forms; raise Unreachable."""
         body = {"model": model, "messages": messages, "stream": True}
         splitter = sse.EventSplitter()
+        is_complete = False
         async with self._request("POST", "/v1/chat/completions", orjson.dumps(body)) as response:
+            # To the very end: whoever hangs up before counts as a client that has gone away.
             async for chunk in response.content.iter_any():
                 for event in splitter.feed(chunk):
-                    if event == sse.DONE:
-                        return
+                    is_complete = is_complete or event == sse.DONE
                     if text := _text(event):
                         yield text
-        raise Unreachable("the answer broke off")
+        if not is_complete:
+            raise Unreachable("the answer broke off")
 
     @asynccontextmanager
     async def _request(
@@ -66,10 +84,25 @@ class GatewayClient:
                 session.request(method, self._endpoint + path, data=body) as response,
             ):
                 if response.status != 200:
-                    raise Unreachable(_refusal(response.status, await response.read()))
+                    raise Unreachable(self._refusal(response.status, await response.read()))
                 yield response
+        except aiohttp.ClientConnectorError as exc:
+            why = reason_of(exc.os_error)
+            raise Unreachable(f"no gateway answers at {self._endpoint}: {why}") from exc
+        except aiohttp.InvalidURL as exc:
+            raise Unreachable(f"--endpoint {self._endpoint!r}: nobody can be asked there") from exc
         except (aiohttp.ClientError, TimeoutError, ValueError) as exc:
             raise Unreachable(f"no gateway answers at {self._endpoint}: {exc}") from exc
+
+    def _refusal(self, status: int, body: bytes) -> str:
+        try:
+            error = orjson.loads(body)["error"]
+            code, words = error.get("code"), str(error["message"])
+        except (orjson.JSONDecodeError, LookupError, TypeError, AttributeError):
+            return f"{self._endpoint} answered with status {status}"
+        if code == "not_found":  # a neuron, say
+            return f"{self._endpoint} answers, but it is no cortex gateway"
+        return words
 
 
 def _text(event: bytes) -> str:
@@ -80,43 +113,66 @@ def _text(event: bytes) -> str:
     return "".join((choice.get("delta") or {}).get("content") or "" for choice in choices)
 
 
-def _refusal(status: int, body: bytes) -> str:
-    try:
-        return str(orjson.loads(body)["error"]["message"])
-    except (orjson.JSONDecodeError, LookupError, TypeError):
-        return f"it answered with status {status}"
-
-
 def print_fleet(console: Console, health: dict[str, Any], fleet: dict[str, Any]) -> None:
-    """Show the fleet as two tables."""
+    """Show the fleet as two tables, and below them what is wrong."""
     nodes = health["nodes"]
     console.print(f"{health['status']}: {nodes['healthy']} of {nodes['total']} nodes up")
-    devices = Table("node", "state", "device", "free MB", "used MB", "note")
-    models = Table("model", "node", "status", "running", "queued", "note")
+    devices = _table("node", "state", "device", "free MB", "used MB")
+    models = _table("model", "node", "status", "running", "queued")
     for node in fleet["nodes"]:
-        state = "up" if node["healthy"] else "down"
-        for device in node["devices"] or [{}]:
-            devices.add_row(
-                node["name"],
-                "draining" if node["draining"] else state,
-                device.get("name", ""),
-                _shown(device.get("vram_free_mb")),
-                _shown(device.get("vram_used_mb")),
-                node["error"] or "",
-            )
-        loads = {load["id"]: load for load in node["load"]}
-        for model in node["models"]:
-            load = loads.get(model["id"], {})
-            models.add_row(
-                model["id"],
-                node["name"],
-                model["status"],
-                _shown(load.get("in_flight")),
-                _shown(load.get("queue_depth")),
-                model.get("failure") or model["servable"].get("reason") or "",
-            )
+        _show_devices(devices, node)
+        _show_models(models, node)
     console.print(devices)
     console.print(models)
+    for line in _troubles(fleet):
+        console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+
+def _table(*names: str) -> Table:
+    """Return a table whose cells go on in the next line where they are too long."""
+    return Table(*(Column(name, overflow="fold") for name in names))
+
+
+def _show_devices(table: Table, node: dict[str, Any]) -> None:
+    state = "up" if node["healthy"] else "down"
+    for device in node["devices"] or [{}]:
+        table.add_row(
+            Text(node["name"]),
+            "draining" if node["draining"] else state,
+            device.get("name", ""),
+            _shown(device.get("vram_free_mb")),
+            _shown(device.get("vram_used_mb")),
+        )
+
+
+def _show_models(table: Table, node: dict[str, Any]) -> None:
+    loads = {load["id"]: load for load in node["load"]}
+    for model in node["models"]:
+        load = loads.get(model["id"], {})
+        table.add_row(
+            Text(model["id"]),  # no markup: ids may hold brackets
+            Text(node["name"]),
+            model["status"],
+            _shown(load.get("in_flight")),
+            _shown(load.get("queue_depth")),
+        )
+
+
+def _troubles(fleet: dict[str, Any]) -> Iterator[str]:
+    """Yield a line for everything that the tables show to be wrong, and why it is."""
+    for node in fleet["nodes"]:
+        if node["error"]:
+            yield f"{node['name']}: {_reason(node)}"
+        for model in node["models"]:
+            servable = model["servable"]
+            why = model.get("failure") or servable.get("detail") or servable.get("reason")
+            if why and why != model["status"]:
+                yield f"{model['id']} on {node['name']}: {why}"
+
+
+def _reason(node: dict[str, Any]) -> str:
+    error: str = node["error"]
+    return error.removeprefix(f"node {node['name']} ")
 
 
 def _shown(number: int | None) -> str:

@@ -20,10 +20,11 @@ from typing import Self
 from cortex.gateway.app import CannotListen, Gateway
 from cortex.gateway.background import Background
 from cortex.gateway.catalogue import BUILT_IN
-from cortex.gateway.config import ConfigError, GatewayConfig, Listening, Neuron, split_address
+from cortex.gateway.config import GatewayConfig, Listening, Neuron
 from cortex.gateway.lifecycle import RunningLoad
 from cortex.gateway.serving import INTERRUPTED, StopSignals
 from cortex.ipc.errors import ApiError
+from cortex.ipc.settings import ConfigError, split_address
 
 NAME = "local"
 LOOK_SECONDS = 0.2
@@ -141,7 +142,7 @@ def check_port_is_free(address: str) -> None:
 async def up(plan: Plan, say: Say) -> int:
     """Run both until a signal or a failure; return the exit status."""
     check_port_is_free(plan.neuron_listen)
-    signals = StopSignals()
+    signals = StopSignals(is_daemon=False)
     outcome = Outcome(signals.asked)
     try:
         async with (

@@ -16,9 +16,9 @@ import aiohttp
 import orjson
 
 from cortex.gateway.config import Timeouts
-from cortex.gateway.errors import Relayed
+from cortex.gateway.errors import Relayed, reason_of
 from cortex.gateway.fleet import Node
-from cortex.ipc.errors import NodeFailed, NodeTimeout
+from cortex.ipc.errors import ApiError, NodeFailed, NodeTimeout
 
 LIMIT_OF_A_REFUSAL_BYTES = 64 * 1024
 LARGE_BODY_BYTES = 2**20
@@ -116,7 +116,12 @@ class NodeClient:
         sent = {**headers, "Content-Type": "application/json"} if body is not None else headers
         with node_errors(node):
             response = await self._session.request(
-                method, node.url + path, data=data, headers=sent, timeout=limits
+                method,
+                node.url + path,
+                data=data,
+                headers=sent,
+                timeout=limits,
+                allow_redirects=False,  # a prompt goes to nobody but the node
             )
         try:
             if response.status not in (200, 202):
@@ -126,9 +131,16 @@ class NodeClient:
             response.close()
 
 
-async def _refusal(node: Node, response: aiohttp.ClientResponse) -> Relayed:
+async def _refusal(node: Node, response: aiohttp.ClientResponse) -> ApiError:
+    if response.status < 400:
+        return NodeFailed(f"node {node.name} answered with status {response.status}")
+    body = b""
     with node_errors(node):
-        body = await response.content.read(LIMIT_OF_A_REFUSAL_BYTES)
+        while left := LIMIT_OF_A_REFUSAL_BYTES - len(body):
+            piece = await response.content.read(left)
+            if not piece:
+                break
+            body += piece
     return Relayed.of(
         response.status,
         _error_object(body),
@@ -154,5 +166,7 @@ def node_errors(node: Node) -> Iterator[None]:
         raise NodeFailed(f"node {node.name} accepts no connection") from exc
     except (TimeoutError, aiohttp.ServerTimeoutError) as exc:
         raise NodeTimeout(f"node {node.name} did not answer in time") from exc
+    except aiohttp.ClientConnectorError as exc:
+        raise NodeFailed(f"node {node.name} cannot be reached ({reason_of(exc.os_error)})") from exc
     except aiohttp.ClientError as exc:
         raise NodeFailed(f"node {node.name} broke the connection") from exc

@@ -14,7 +14,7 @@ import msgspec
 import structlog
 
 from cortex.gateway import sse
-from cortex.gateway.errors import Relayed
+from cortex.gateway.errors import STATUS_OF_CODE, Relayed
 from cortex.gateway.metrics import UNKNOWN, Metrics
 from cortex.ipc.errors import ApiError
 from cortex.ipc.openai import Usage
@@ -22,6 +22,9 @@ from cortex.ipc.openai import Usage
 TAIL_BYTES = 16 * 1024
 CLIENT_GONE = 499
 """A status for logs only: the client went away before its answer was complete."""
+
+CAUSES = frozenset({*STATUS_OF_CODE, "client_gone"})
+"""What may stand in the label; a node may answer with any code."""
 
 log = structlog.get_logger()
 
@@ -145,7 +148,7 @@ class RequestRecord:
         metrics.requests.labels(*where).inc()
         metrics.duration.labels(*where).observe(duration)
         if self.code:
-            metrics.errors.labels(*where, self.code).inc()
+            metrics.errors.labels(*where, self.code if self.code in CAUSES else UNKNOWN).inc()
         if first is not None:
             metrics.first_token.labels(*where).observe(first)
         if usage := self.meter.usage:

@@ -6,10 +6,12 @@ other; megabytes are 2**20 bytes.
 
 from __future__ import annotations
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 import msgspec
 from msgspec import Meta
+
+from cortex.ipc.openai import Temperature, TopK, TopP
 
 DeviceState = Literal["starting", "ready", "restarting", "poisoned", "stopped"]
 
@@ -170,6 +172,14 @@ class ModelInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     failure: str | None = None
 
 
+class SamplingDefaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
+    """What holds where a request is silent, as the operator set it; None leaves it to the model."""
+
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+
+
 class LoadRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """``POST /models/load``. ``quant`` absent or null means dense safetensors."""
 
@@ -182,7 +192,7 @@ class LoadRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     max_context_tokens: Annotated[int, Meta(ge=16)] | None = None
     kv_cache_mb: Annotated[int, Meta(ge=1)] | None = None
     max_sequences: Annotated[int, Meta(ge=1)] | None = None
-    sampling: dict[str, Any] | None = None
+    sampling: SamplingDefaults | None = None
     wait: bool = False
 
 

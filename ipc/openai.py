@@ -2,7 +2,7 @@
 
 Requests list every parameter that this version honours, and every one that is known but not
 honoured. The latter are accepted at their neutral value only: nothing that is accepted is ignored
-(``refuse_unsupported``). A field that is in neither list is refused the same way.
+(``PARAMETERS``). A field that is in neither list is refused the same way.
 
 Parameters that cannot change the tokens (``user``, ``metadata``, ``store``, ...) are accepted.
 """
@@ -14,12 +14,7 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import UNSET, Meta, UnsetType
 
-from cortex.ipc.errors import (
-    InvalidRequest,
-    MalformedJson,
-    MissingModelField,
-    UnsupportedParameter,
-)
+from cortex.ipc.requests import Parameters, decode_object, model_of, typed
 
 R = TypeVar("R", bound=msgspec.Struct)
 
@@ -27,48 +22,50 @@ Temperature = Annotated[float, Meta(ge=0.0, le=2.0)]
 TopP = Annotated[float, Meta(gt=0.0, le=1.0)]
 TopK = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
-MaxTokens = Annotated[int, Meta(ge=1, le=2**31 - 1)]
+MAX_TOKENS = 2**31 - 1
+MaxTokens = Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 
-WITHOUT_EFFECT = frozenset(
-    {
-        "metadata",
-        "prompt_cache_key",
-        "prompt_cache_retention",
-        "safety_identifier",
-        "service_tier",
-        "store",
-        "user",
-        "parallel_tool_calls",
-    }
+PARAMETERS = Parameters(
+    without_effect=frozenset(
+        {
+            "metadata",
+            "parallel_tool_calls",
+            "prompt_cache_key",
+            "prompt_cache_retention",
+            "safety_identifier",
+            "service_tier",
+            "store",
+            "user",
+        }
+    ),
+    neutral={
+        "audio": (None,),
+        "best_of": (None, 1),
+        "echo": (None, False),
+        "frequency_penalty": (None, 0, 0.0),
+        "function_call": (None, "none"),
+        "functions": (None, []),
+        "logit_bias": (None, {}),
+        "logprobs": (None, False),
+        "min_p": (None, 0, 0.0),
+        "modalities": (None, ["text"]),
+        "n": (None, 1),
+        "prediction": (None,),
+        "presence_penalty": (None, 0, 0.0),
+        "reasoning_effort": (None,),
+        "repetition_penalty": (None, 1, 1.0),
+        "response_format": (None, {"type": "text"}),
+        "suffix": (None, ""),
+        "tool_choice": (None, "none", "auto"),
+        "tools": (None, []),
+        "top_logprobs": (None, 0),
+        "verbosity": (None,),
+        "web_search_options": (None,),
+    },
+    unknown="unknown parameter: {name!r}",
+    unsupported="{name!r} is not supported by this version; leave it out",
 )
-"""Parameters that cannot change the tokens of an answer; accepted with any value."""
-
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "audio": (None,),
-    "best_of": (None, 1),
-    "echo": (None, False),
-    "frequency_penalty": (None, 0, 0.0),
-    "function_call": (None, "none"),
-    "functions": (None, []),
-    "logit_bias": (None, {}),
-    "logprobs": (None, False),
-    "min_p": (None, 0, 0.0),
-    "modalities": (None, ["text"]),
-    "n": (None, 1),
-    "prediction": (None,),
-    "presence_penalty": (None, 0, 0.0),
-    "reasoning_effort": (None,),
-    "repetition_penalty": (None, 1, 1.0),
-    "response_format": (None, {"type": "text"}),
-    "suffix": (None, ""),
-    "tool_choice": (None, "none", "auto"),
-    "tools": (None, []),
-    "top_logprobs": (None, 0),
-    "verbosity": (None,),
-    "web_search_options": (None,),
-}
-"""Known parameters that this version does not honour, and the values that ask for nothing."""
 
 
 class StreamOptions(msgspec.Struct, frozen=True):
@@ -287,38 +284,6 @@ class ModelList(msgspec.Struct, frozen=True):
     object: str = "list"
 
 
-def decode_object(body: bytes) -> dict[str, Any]:
-    """Return the JSON object in *body*; raise MalformedJson or InvalidRequest."""
-    try:
-        raw = msgspec.json.decode(body)
-    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-        raise MalformedJson(f"the body is not JSON: {exc}") from exc
-    if not isinstance(raw, dict):
-        raise InvalidRequest("the body must be a JSON object")
-    return raw
-
-
-def model_of(raw: dict[str, Any]) -> str:
-    """Return the model that a request names; raise MissingModelField."""
-    model = raw.get("model")
-    if not isinstance(model, str) or not model:
-        raise MissingModelField("the body must name a model: a non-empty string", param="model")
-    return model
-
-
-def refuse_unsupported(raw: dict[str, Any], supported: frozenset[str]) -> None:
-    """Raise UnsupportedParameter for the first field of *raw* that would be ignored."""
-    for name, value in raw.items():
-        if name in supported or name in WITHOUT_EFFECT:
-            continue
-        if name not in NEUTRAL:
-            raise UnsupportedParameter(f"unknown parameter: {name!r}", param=name)
-        if not any(value == neutral and type(value) is type(neutral) for neutral in NEUTRAL[name]):
-            raise UnsupportedParameter(
-                f"{name!r} is not supported by this version; leave it out", param=name
-            )
-
-
 def decode_request(body: bytes, shape: type[R]) -> R:
     """Return the request in *body*.
 
@@ -327,12 +292,6 @@ def decode_request(body: bytes, shape: type[R]) -> R:
     """
     raw = decode_object(body)
     model_of(raw)
-    supported = frozenset(field.encode_name for field in msgspec.structs.fields(shape))
-    refuse_unsupported(raw, supported)
-    try:
-        return msgspec.convert(
-            {name: value for name, value in raw.items() if name in supported}, shape
-        )
-    except msgspec.ValidationError as exc:
-        message, _, place = str(exc).partition(" - at `")
-        raise InvalidRequest(message, param=place.strip("`$.") or None) from exc
+    honoured = frozenset(field.encode_name for field in msgspec.structs.fields(shape))
+    PARAMETERS.refuse_unsupported(raw, honoured)
+    return typed({name: value for name, value in raw.items() if name in honoured}, shape)

@@ -38,6 +38,7 @@ class CachedModels:
         self._file_roots = file_roots
         self._open_text = open_text
         self._text_sides: OrderedDict[Path, TextView] = OrderedDict()
+        self._opening = asyncio.Lock()
 
     async def capabilities(self, model_id: str) -> Capabilities:
         """Return what the checkpoint's headers say; raise ModelNotFound where there is none."""
@@ -59,15 +60,16 @@ class CachedModels:
     async def text_side(self, model_id: str) -> TextView:
         """Return the tokeniser and template of a model; raise ModelNotFound where there is none."""
         path = await asyncio.to_thread(self._path, model_id)
-        if path not in self._text_sides:
-            try:
-                self._text_sides[path] = await asyncio.to_thread(self._open_text, path)
-            except (CheckpointError, Unloadable, OSError) as exc:
-                raise ModelNotFound(f"the files of {model_id!r} cannot be read: {exc}") from exc
-        self._text_sides.move_to_end(path)
-        while len(self._text_sides) > KEPT_TEXT_SIDES:
-            self._text_sides.popitem(last=False)
-        return self._text_sides[path]
+        async with self._opening:  # whoever comes meanwhile finds it open
+            if path not in self._text_sides:
+                try:
+                    self._text_sides[path] = await asyncio.to_thread(self._open_text, path)
+                except (CheckpointError, Unloadable, OSError) as exc:
+                    raise ModelNotFound(f"the files of {model_id!r} cannot be read: {exc}") from exc
+            self._text_sides.move_to_end(path)
+            while len(self._text_sides) > KEPT_TEXT_SIDES:
+                self._text_sides.popitem(last=False)
+            return self._text_sides[path]
 
     def _path(self, model_id: str) -> Path:
         try:

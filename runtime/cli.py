@@ -14,8 +14,9 @@ import typer
 
 from cortex.ipc import taps
 from cortex.ipc.log import configure_logging
-from cortex.runtime.config import ConfigError, load_config, parse_devices
-from cortex.runtime.version import package_version
+from cortex.ipc.settings import ConfigError
+from cortex.ipc.version import BUILD
+from cortex.runtime.config import load_config, parse_devices
 
 INTERRUPTED = 130
 
@@ -37,7 +38,7 @@ app = typer.Typer(
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(f"neuron {package_version()}")
+        typer.echo(f"neuron {BUILD.package_version}")
         raise typer.Exit
 
 

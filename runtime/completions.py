@@ -66,21 +66,29 @@ class Answer:
         self._stops = stops
 
     def add(self, records: list[TokenRecord]) -> str:
-        """Return the text that *records* finish; raise NodeFailed where somebody else cancelled."""
-        token_ids: list[int] = []
-        flags = 0
+        """Return the text that *records* finish; raise NodeFailed where somebody else cancelled.
+
+        Tokens behind a stop string do not count: how many there are is a matter of timing.
+        """
+        pieces: list[str] = []
         for record in records:
-            flags |= record.flags
-            if record.flags & Flag.TOKEN:
-                self.completion_tokens += 1
-                if not record.flags & Flag.STOP:
-                    token_ids.append(record.token_id)
-        text, is_stopped = self._stops.add(self._detokenizer.add(token_ids))
+            pieces.append(self._add(record))
+            if self.finish_reason is not None:
+                break
+        return "".join(pieces)
+
+    def _add(self, record: TokenRecord) -> str:
+        shown: list[int] = []
+        if record.flags & Flag.TOKEN:
+            self.completion_tokens += 1
+            if not record.flags & Flag.STOP:
+                shown = [record.token_id]
+        text, is_stopped = self._stops.add(self._detokenizer.add(shown))
         if is_stopped:
             return self._stop(text)
-        if flags & Flag.CANCELLED:
+        if record.flags & Flag.CANCELLED:
             raise NodeFailed("the generation was cancelled by the node")
-        return text + self._finish(flags) if flags & Flag.FINISH else text
+        return text + self._finish(record.flags) if record.flags & Flag.FINISH else text
 
     def _finish(self, flags: int) -> str:
         """Return what was held back, now that no token follows."""

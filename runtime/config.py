@@ -11,8 +11,6 @@ neuron that reads the environment. What is wrong stops the start with its place 
 from __future__ import annotations
 
 import os
-import re
-import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -20,9 +18,8 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from cortex.ipc.errors import ApiError
 from cortex.ipc.node_api import NEURON_PORT, LoadRequest
-from cortex.runtime.sampling import operator_sampling
+from cortex.ipc.settings import Address, ConfigError, Origin, Settings, Table, split_address
 from cortex.runtime.sources import default_cache
 
 DEFAULT_PATH = Path("/etc/neuron/neuron.toml")
@@ -31,14 +28,12 @@ PREFIX = "NEURON_"
 VALIDATION_SCRIPT = frozenset({"NEURON_PORT", "NEURON_LOAD_TIMEOUT", "NEURON_INFER_TIMEOUT"})
 """Read by scripts/validate-neuron.sh, which may run in the same environment; not options."""
 
-DeviceName = Annotated[str, Meta(pattern=r"^(cpu|cuda):(0|[1-9]\d*)$")]
+DeviceName = Annotated[
+    str, Meta(pattern=r"^(cpu|cuda):(0|[1-9]\d*)\Z", description="cpu:N or cuda:N")
+]
 
 
-class ConfigError(ValueError):
-    """The configuration cannot be used; the text says where and why."""
-
-
-class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class DeviceConfig(Table, frozen=True):
     """``[[devices]]``: one device to run, and what it may take."""
 
     name: DeviceName
@@ -49,14 +44,14 @@ class DeviceConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Of a CPU device; by default an equal share of the cores."""
 
 
-class CacheConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class CacheConfig(Table, frozen=True):
     """``[cache]``: where fetched models lie."""
 
     directory: str = ""
     """Empty: ``cortex/models`` in the user's cache directory."""
 
 
-class AdmissionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class AdmissionConfig(Table, frozen=True):
     """``[admission]``: how many requests a model takes, for each model."""
 
     max_in_flight: Annotated[int, Meta(ge=1)] = 32
@@ -67,7 +62,7 @@ class AdmissionConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How long a request waits for a seat before it is answered 503 ``overloaded``."""
 
 
-class TapsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class TapsConfig(Table, frozen=True):
     """``[taps]``: the debug sockets that ``neuron tap`` reads."""
 
     enabled: bool = True
@@ -75,13 +70,13 @@ class TapsConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """Empty: ``taps-PORT`` in /run/neuron, else in the user's runtime or cache directory."""
 
 
-class NeuronConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+class NeuronConfig(Table, frozen=True):
     """Everything that can be set; the defaults serve."""
 
-    listen: str = f"127.0.0.1:{NEURON_PORT}"
+    listen: Address = f"127.0.0.1:{NEURON_PORT}"
     devices: Literal["auto"] | list[DeviceConfig] = "auto"
     """``auto``: every GPU, or ``cpu:0`` where there is none."""
-    models: list[LoadRequest] = []
+    models: list[LoadRequest] = msgspec.field(default_factory=list)
     """Loaded one after the other at the start, while the neuron already answers."""
     cache: CacheConfig = CacheConfig()
     admission: AdmissionConfig = AdmissionConfig()
@@ -93,7 +88,7 @@ class NeuronConfig(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     @property
     def address(self) -> tuple[str, int]:
         """Host and port to listen on."""
-        return parse_address(self.listen)
+        return split_address(self.listen)
 
     @property
     def is_loopback(self) -> bool:
@@ -124,45 +119,42 @@ class DeviceSpec(msgspec.Struct, frozen=True):
     threads: int | None = None
 
 
-def load_config(
-    path: Path | None, environment: Mapping[str, str] | None = None, **overrides: Any
-) -> NeuronConfig:
-    """Return the configuration in *path*, else in the default place, else the defaults.
-
-    *overrides* (of the command line; None is absent) win over *environment*, which wins over the
-    file. Raise ConfigError in words.
-    """
-    environment = os.environ if environment is None else environment
-    raw, text, source = _read(path)
-    _convert(raw, text, source)
-    for name, value in environment.items():
-        if name.startswith(PREFIX) and name not in VALIDATION_SCRIPT:
-            _override(raw, name, value)
-    raw.update({name: value for name, value in overrides.items() if value is not None})
-    config = _convert(raw, "", source if not overrides else "the command line")
-    _refuse_what_types_cannot(config)
-    return config
-
-
-def cuda_visible_devices(environment: Mapping[str, str] | None = None) -> str | None:
-    """Return the GPUs that the environment restricts CUDA to, or None for all."""
-    environment = os.environ if environment is None else environment
-    return environment.get("CUDA_VISIBLE_DEVICES")
-
-
-def parse_address(listen: str) -> tuple[str, int]:
-    """Return host and port of ``HOST:PORT`` or ``[HOST]:PORT``; raise ConfigError."""
-    found = re.fullmatch(r"(?:\[([0-9a-fA-F:.]+)\]|([^:\[\]\s]+)):(\d{1,5})", listen)
-    if found is None or int(found[3]) > 65535:
-        raise ConfigError(f"listen = {listen!r} is not HOST:PORT, such as 127.0.0.1:{NEURON_PORT}")
-    return found[1] or found[2], int(found[3])
-
-
 def parse_devices(names: str) -> str | list[dict[str, str]]:
     """Return what ``devices`` takes for ``auto`` or ``cpu:0,cpu:1``."""
     if names.strip() == "auto":
         return "auto"
     return [{"name": name.strip()} for name in names.split(",")]
+
+
+def parse_models(ids: str) -> list[dict[str, str]]:
+    """Return what ``models`` takes for ``a,b``."""
+    return [{"model_id": model_id.strip()} for model_id in ids.split(",") if model_id.strip()]
+
+
+SETTINGS = Settings(
+    NeuronConfig,
+    PREFIX,
+    not_options=VALIDATION_SCRIPT,
+    spellings={"devices": parse_devices, "models": parse_models},
+)
+
+
+def load_config(
+    path: Path | None, environment: Mapping[str, str] = os.environ, **overrides: Any
+) -> NeuronConfig:
+    """Return the configuration in *path*, else in the default place, else the defaults.
+
+    *overrides* are the command line's; None is absent. Raise ConfigError.
+    """
+    given = {name: value for name, value in overrides.items() if value is not None}
+    config, origin = SETTINGS.read(path, DEFAULT_PATH, environment, given)
+    _refuse_what_types_cannot(config, origin)
+    return config
+
+
+def cuda_visible_devices(environment: Mapping[str, str] = os.environ) -> str | None:
+    """Return the GPUs that the environment restricts CUDA to, or None for all."""
+    return environment.get("CUDA_VISIBLE_DEVICES")
 
 
 def _runtime_directory() -> Path:
@@ -174,125 +166,18 @@ def _runtime_directory() -> Path:
     return default_cache(os.environ).parent / "neuron"
 
 
-def _read(path: Path | None) -> tuple[dict[str, Any], str, str]:
-    """Return the file's tables, its text, and how to call it."""
-    if path is None and not DEFAULT_PATH.exists():
-        return {}, "", "the defaults"
-    path = path or DEFAULT_PATH
-    try:
-        text = path.read_text(encoding="utf-8")
-        return tomllib.loads(text), text, str(path)
-    except OSError as exc:
-        raise ConfigError(f"{path} cannot be read: {exc.strerror or exc}") from exc
-    except ValueError as exc:  # bytes that are no text, or text that is no TOML
-        raise ConfigError(f"{path} is not TOML: {exc}") from exc
-
-
-def _convert(raw: dict[str, Any], text: str, source: str) -> NeuronConfig:
-    try:
-        return msgspec.convert(raw, NeuronConfig)
-    except msgspec.ValidationError as exc:
-        message, _, place = str(exc).partition(" - at `$")
-        unknown = re.search(r"unknown field `(.*)`", message)
-        keys = _keys(place.rstrip("`")) + ([unknown[1]] if unknown else [])
-        if unknown:
-            message = "there is no such option"
-        line = _line_of(text, keys)
-        where = f"{source}, line {line}" if line else source
-        raise ConfigError(f"{where}: {_dotted(keys)}: {message}") from exc
-
-
-def _keys(path: str) -> list[str | int]:
-    """``.models[0].quant`` -> ``["models", 0, "quant"]``."""
-    found = re.findall(r"\.([^.\[\]]+)|\[(\d+)\]", path)
-    return [name or int(index) for name, index in found]
-
-
-def _dotted(keys: list[str | int]) -> str:
-    return "".join(f"[{k}]" if isinstance(k, int) else f".{k}" for k in keys).lstrip(".")
-
-
-def _line_of(text: str, keys: list[str | int]) -> int | None:
-    """Return the line that sets *keys*, or None where a look at the lines does not find it."""
-    table: list[str | int] = []
-    counts: dict[str, int] = {}
-    best = None
-    for number, line in enumerate(text.splitlines(), start=1):
-        if header := re.match(r"\s*(\[\[?)\s*([\w.\"-]+)\s*\]", line):
-            name = header[2]
-            table = [part.strip('"') for part in name.split(".")]
-            if header[1] == "[[":
-                counts[name] = counts.get(name, -1) + 1
-                table.append(counts[name])
-            at = table
-        elif key := re.match(r"\s*([\w.\"-]+)\s*=", line):
-            at = [*table, *(part.strip('"') for part in key[1].split("."))]
-        else:
-            continue
-        if keys[: len(at)] == at or (best is None and at[: len(keys)] == keys):
-            best = number
-    return best
-
-
-def _override(raw: dict[str, Any], variable: str, value: str) -> None:
-    """Put an environment variable where the file would have it; raise ConfigError."""
-    keys = variable.removeprefix(PREFIX).lower().split("__")
-    kind: Any = NeuronConfig
-    for key in keys:
-        fields = msgspec.structs.fields(kind) if _is_struct(kind) else ()
-        kind = next((field.type for field in fields if field.name == key), None)
-        if kind is None:
-            raise ConfigError(f"{variable} in the environment: there is no such option")
-    for key in keys[:-1]:
-        raw = raw.setdefault(key, {})
-    raw[keys[-1]] = _from_text(variable, keys, kind, value)
-
-
-def _is_struct(kind: Any) -> bool:
-    return isinstance(kind, type) and issubclass(kind, msgspec.Struct)
-
-
-def _from_text(variable: str, keys: list[str], kind: Any, text: str) -> Any:
-    if _is_struct(kind):
-        raise ConfigError(f"{variable} in the environment is a section: add __ and an option")
-    value: Any = text
-    if keys == ["devices"]:
-        value = parse_devices(text)
-    elif keys == ["models"]:
-        value = [{"model_id": model.strip()} for model in text.split(",") if model.strip()]
-    try:
-        return msgspec.to_builtins(msgspec.convert(value, kind, strict=False))
-    except msgspec.ValidationError as exc:
-        raise ConfigError(f"{variable}={text!r} in the environment: {exc}") from exc
-
-
-def _refuse_what_types_cannot(config: NeuronConfig) -> None:
+def _refuse_what_types_cannot(config: NeuronConfig, origin: Origin) -> None:
     """Raise ConfigError for values that are of the right type and still cannot be meant."""
-    parse_address(config.listen)
     if config.devices != "auto":
-        _refuse_twice("devices", [device.name for device in config.devices])
+        origin.refuse_twice(("devices",), "name", [device.name for device in config.devices])
         if not config.devices:
-            raise ConfigError('devices is empty: name one, or leave it at "auto"')
-    _refuse_twice("models", [model.model_id for model in config.models])
-    for model in config.models:
-        _refuse_model(model)
+            raise origin.wrong(("devices",), 'it is empty: name one, or leave it at "auto"')
+    origin.refuse_twice(("models",), "model_id", [model.model_id for model in config.models])
+    for index, model in enumerate(config.models):
+        if model.wait:
+            raise origin.wrong(("models", index, "wait"), "it has no meaning here; leave it out")
     if not config.cache.directory:
         _refuse_homeless()
-
-
-def _refuse_model(model: LoadRequest) -> None:
-    if model.wait:
-        raise ConfigError(f"models: {model.model_id}: wait has no meaning here; leave it out")
-    try:
-        operator_sampling(model)
-    except ApiError as exc:
-        raise ConfigError(f"models: {model.model_id}: {exc}") from exc
-
-
-def _refuse_twice(option: str, names: list[str]) -> None:
-    for name in names:
-        if names.count(name) > 1:
-            raise ConfigError(f"{option} names {name!r} twice")
 
 
 def _refuse_homeless() -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from cortex.runtime.config import ConfigError, DeviceConfig, DeviceSpec, NeuronConfig
+from cortex.ipc.settings import ConfigError
+from cortex.runtime.config import DeviceConfig, DeviceSpec, NeuronConfig
 from cortex.runtime.discovery import Inventory
 from cortex.runtime.host import Host
 

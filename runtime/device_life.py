@@ -117,6 +117,10 @@ class DeviceLife:
         if self._child is not None:
             self._child.kill()
 
+    @property
+    def _is_over(self) -> bool:
+        return self._reason is not None or self._child is None or self._child.gone.done()
+
     def _close(self) -> None:
         self._consumer.close()
         self._ring.close()
@@ -158,7 +162,9 @@ class DeviceLife:
 
     async def _listen(self, on_hello: OnHello) -> None:
         try:
-            on_hello(await self._hello())
+            hello = await self._hello()
+            if not self._is_over:  # else READY would be said of a process that is gone
+                on_hello(hello)
             while True:
                 self._hear(await self._channel.receive())
         except ProtocolError as exc:

@@ -106,26 +106,32 @@ class Inference:
         with self._recorded(request) as record:
             if self.is_draining:
                 raise shutting_down()
-            asked = decode_request(await request.read(), shape)
-            model, text, limits = servable(self._node, asked.model)
-            record.model = model.id
-            traffic = self._traffics.of(model)
-            async with traffic.admission.seat():
-                prompt = await self.in_thread(lambda: prompt_of(text, asked))
-                record.prompt_tokens = len(prompt)
-                sampling = resolve_sampling(
-                    asked,
-                    operator=operator_sampling(model.request),
-                    model=text.generation,
-                    stop_token_ids=text.stop_token_ids,
-                    room_tokens=room_for_answer(
-                        len(prompt), limits.max_context_tokens, limits.kv_cache_tokens
-                    ),
-                )
-                answer = Answer(text.detokenizer(), StopStrings(asked.stop_strings))
-                turn = Turn(asked, answer, traffic, record, self._timing.clock)
-                async with self._node.generate(model.id, prompt, sampling) as generation:
-                    return await self._respond(request, turn, generation)
+            body = await request.read()
+            with self._running():  # only now: a body that never ends must not hold up a drain
+                return await self._answer(request, decode_request(body, shape), record)
+
+    async def _answer(
+        self, request: web.Request, asked: Asked, record: RequestRecord
+    ) -> web.StreamResponse:
+        model, text, limits = servable(self._node, asked.model)
+        record.model = model.id
+        traffic = self._traffics.of(model)
+        async with traffic.admission.seat():
+            prompt = await self.in_thread(lambda: prompt_of(text, asked))
+            record.prompt_tokens = len(prompt)
+            sampling = resolve_sampling(
+                asked,
+                operator=operator_sampling(model.request),
+                model=text.generation,
+                stop_token_ids=text.stop_token_ids,
+                room_tokens=room_for_answer(
+                    len(prompt), limits.max_context_tokens, limits.kv_cache_tokens
+                ),
+            )
+            answer = Answer(text.detokenizer(), StopStrings(asked.stop_strings))
+            turn = Turn(asked, answer, traffic, record, self._timing.clock)
+            async with self._node.generate(model.id, prompt, sampling) as generation:
+                return await self._respond(request, turn, generation)
 
     async def in_thread(self, work: Callable[[], T]) -> T:
         """Run *work*, which blocks, in one of few threads."""
@@ -185,7 +191,9 @@ class Inference:
     ) -> None:
         """Send the text as it finishes, and a comment where there is none for too long."""
         keep_alive_seconds = self._timing.keep_alive_seconds
-        silences = batches_and_silences(generation, keep_alive_seconds)
+        silences = batches_and_silences(
+            generation, lambda: keep_alive_seconds - stream.silent_seconds
+        )
         async with contextlib.aclosing(silences) as batches:
             async for records in batches:
                 text = turn.add(records, held) if records else ""
@@ -208,8 +216,6 @@ class Inference:
     def _recorded(self, request: web.Request) -> Iterator[RequestRecord]:
         """Log, measure and publish the request when it ends, however it does."""
         record = RequestRecord(request[REQUEST_ID], arrived=self._timing.clock())
-        self._in_flight += 1
-        self._idle.clear()
         try:
             yield record
         except ApiError as exc:
@@ -224,6 +230,15 @@ class Inference:
         finally:
             record.duration_seconds = self._timing.clock() - record.arrived
             self._ended(record)
+
+    @contextlib.contextmanager
+    def _running(self) -> Iterator[None]:
+        """Be waited for by ``idle``."""
+        self._in_flight += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
             self._in_flight -= 1
             if not self._in_flight:
                 self._idle.set()
@@ -265,6 +280,12 @@ def prompt_of(text: TextView, asked: Asked) -> list[int]:
         prompt = [token for token in asked.prompt if isinstance(token, int)]  # all are, by now
     if not prompt:
         raise InvalidRequest("the prompt is empty", param="prompt")
+    if max(prompt) >= text.vocab_size:
+        raise InvalidRequest(
+            f"the prompt has the token id {max(prompt)}, and the model's end at "
+            f"{text.vocab_size - 1}",
+            param="prompt",
+        )
     return prompt
 
 

@@ -170,7 +170,9 @@ def _cache_usage(health: Health) -> Metric:
 def _devices(health: Health) -> Iterator[Metric]:
     ready = GaugeMetricFamily("neuron:device_ready", "1 while it serves.", labels=["device"])
     cycles = GaugeMetricFamily(
-        "neuron:device_lifecycle_cycles", "Restarts and reloads so far.", labels=["device"]
+        "neuron:device_lifecycle_cycles",
+        "Models unloaded by its process so far.",
+        labels=["device"],
     )
     used = GaugeMetricFamily("neuron:device_memory_used_bytes", "In use.", labels=["device"])
     free = GaugeMetricFamily("neuron:device_memory_free_bytes", "Free.", labels=["device"])

@@ -54,8 +54,8 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
     """Answer every exception with the envelope; log those that are bugs."""
     try:
         return await handler(request)
-    except ApiError as exc:
-        return error_response(exc)
+    except (ApiError, web.RequestPayloadError) as exc:
+        return error_response(as_api_error(exc))
     except web.HTTPException as exc:
         response = error_response(as_api_error(exc))
         if "Allow" in exc.headers:
@@ -75,6 +75,8 @@ def as_api_error(exc: BaseException) -> ApiError:
     if isinstance(exc, web.HTTPException):
         kind, text = RAISED_BY_AIOHTTP.get(exc.status, (InvalidRequest, exc.reason))
         return kind(text)
+    if isinstance(exc, web.RequestPayloadError):  # a compression, or chunks, that make no sense
+        return InvalidRequest(f"the body cannot be read: {exc}")
     return InternalError("internal error")
 
 

@@ -1,13 +1,15 @@
 """Taking a model from QUEUED to LOADED, on again after its device was lost, and off.
 
-One load at a time per device: the others wait for their turn, in order. Whatever goes wrong with a
-load is recorded in its model, never raised.
+One download at a time per device, and one load: the others wait for their turn, in order. They are
+two turns, so that a lost model comes back while another is downloaded for an hour. Whatever goes
+wrong with a load is recorded in its model, never raised.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Protocol
@@ -55,13 +57,20 @@ class ModelLoads:
         self._files = files
         self._free_bytes = free_bytes
         self._clock = clock
-        self._turns: dict[int, asyncio.Lock] = {}
+        self._downloads: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
+        self._turns: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
 
     async def bring_up(self, model: ServedModel) -> None:
         """Take a model from QUEUED to LOADED or FAILED."""
-        async with self._turn(model):
-            with self._recording_failure(model):
-                await self._fetch(model)
+        index = model.device.spec.index
+        with self._recording_failure(model):
+            async with self._downloads[index]:
+                model.advance(On.TURN)
+                model.path = await self._files.fetch(model.request, model.report)
+            async with self._turns[index]:
+                free_bytes = self._free_bytes(model.device)
+                model.text = await self._files.read(model.path, model.request, free_bytes)
+                await model.device.become_ready()
                 model.advance(On.FETCHED)
                 try:
                     await self._put_on(model)
@@ -70,7 +79,7 @@ class ModelLoads:
 
     async def recover(self, model: ServedModel) -> None:
         """Load a model again; where its device dies again, its next life does."""
-        async with self._turn(model):
+        async with self._turns[model.device.spec.index]:
             if model.state is State.RECOVERING and model.device.is_ready:
                 with self._recording_failure(model), contextlib.suppress(PeerGone):
                     await self._put_on(model)
@@ -85,16 +94,6 @@ class ModelLoads:
         except (ApiError, PeerGone):
             pass  # the process is gone, and its memory with it
         return None
-
-    def _turn(self, model: ServedModel) -> asyncio.Lock:
-        return self._turns.setdefault(model.device.spec.index, asyncio.Lock())
-
-    async def _fetch(self, model: ServedModel) -> None:
-        model.advance(On.TURN)
-        model.path = await self._files.fetch(model.request, model.report)
-        free_bytes = self._free_bytes(model.device)
-        model.text = await self._files.read(model.path, model.request, free_bytes)
-        await model.device.become_ready()
 
     async def _put_on(self, model: ServedModel) -> None:
         device = model.device

@@ -30,6 +30,10 @@ class TextView(Protocol):
     def stop_token_ids(self) -> tuple[int, ...]:
         """All tokens that end an answer."""
 
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below it."""
+
     def chat_prompt(
         self, messages: list[ChatMessage], template_kwargs: dict[str, Any] | None
     ) -> list[int]:
@@ -167,4 +171,4 @@ class Node(Protocol):
         """Start a sequence; leaving its context cancels it."""
 
     async def drain(self, timeout_seconds: float) -> None:
-        """Let what runs finish, then unload everything."""
+        """Let what runs finish, take nothing new; what still runs in the end fails."""

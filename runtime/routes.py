@@ -7,7 +7,6 @@ and rendered in ``middlewares.py``.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeVar
 
 import msgspec
 from aiohttp import web
@@ -27,9 +26,9 @@ from cortex.ipc.openai import (
     ModelList,
     Tokenized,
     TokenizeRequest,
-    decode_object,
     decode_request,
 )
+from cortex.ipc.requests import decode_body
 from cortex.runtime.admission import shutting_down
 from cortex.runtime.cached_models import CachedModels
 from cortex.runtime.health import Report
@@ -39,8 +38,6 @@ from cortex.runtime.metrics import Metrics
 from cortex.runtime.node import ModelView, Node, TextView
 from cortex.runtime.served_model import not_loaded
 from cortex.runtime.version import Build
-
-S = TypeVar("S", bound=msgspec.Struct)
 
 OWNER = "cortex"
 ID = "{id:.+}"
@@ -113,7 +110,7 @@ async def load(request: web.Request) -> web.Response:
     services = request.app[SERVICES]
     if services.inference.is_draining:
         raise shutting_down()
-    asked = await _read(request, LoadRequest)
+    asked = decode_body(await request.read(), LoadRequest)
     model = await services.node.load(asked)
     if asked.wait:
         model = await services.node.loaded(asked.model_id)
@@ -124,7 +121,7 @@ async def load(request: web.Request) -> web.Response:
 
 async def unload(request: web.Request) -> web.Response:
     """``POST /models/unload``."""
-    asked = await _read(request, UnloadRequest)
+    asked = decode_body(await request.read(), UnloadRequest)
     await request.app[SERVICES].node.unload(asked.model_id, asked.force)
     return _json({"status": "unloaded"})
 
@@ -135,8 +132,10 @@ async def restart_device(request: web.Request) -> web.Response:
     index = int(request.match_info["index"])
     if not any(device.spec.index == index for device in node.devices):
         raise RouteNotFound(f"there is no device {index}; /health lists them")
-    force = (await _read(request, RestartRequest)).force if request.can_read_body else False
-    await node.restart_device(index, force)
+    asked = RestartRequest()
+    if request.can_read_body:
+        asked = decode_body(await request.read(), RestartRequest)
+    await node.restart_device(index, asked.force)
     return _json({"status": "restarted"})
 
 
@@ -199,16 +198,6 @@ def _json(body: object, status: int = 200) -> web.Response:
     return web.Response(
         status=status, body=msgspec.json.encode(body), content_type="application/json"
     )
-
-
-async def _read(request: web.Request, shape: type[S]) -> S:
-    """Return the body as *shape*; raise MalformedJson or InvalidRequest with the place."""
-    raw = decode_object(await request.read())
-    try:
-        return msgspec.convert(raw, shape)
-    except msgspec.ValidationError as exc:
-        message, _, place = str(exc).partition(" - at `$.")
-        raise InvalidRequest(message, param=place.rstrip("`") or None) from exc
 
 
 def _loaded(request: web.Request) -> ModelView:

@@ -77,15 +77,16 @@ class EventStream:
 
 
 async def batches_and_silences(
-    batches: AsyncIterator[T], silence_seconds: float
+    batches: AsyncIterator[T], seconds_left: Callable[[], float]
 ) -> AsyncGenerator[T | None]:
-    """Yield what *batches* yields, and None after every *silence_seconds* without.
+    """Yield what *batches* yields, and None where none comes for *seconds_left*.
 
-    Its ``__anext__`` is cancelled and called again, so it must lose nothing by that.
+    It is asked before every batch: a batch whose text cannot be sent yet breaks no silence. The
+    iterator's ``__anext__`` is cancelled and called again, so it must lose nothing by that.
     """
     while True:
         try:
-            async with asyncio.timeout(silence_seconds):
+            async with asyncio.timeout(seconds_left()):
                 batch = await anext(batches)
         except TimeoutError:
             yield None

@@ -28,6 +28,7 @@ from cortex.ipc.messages import SamplingParams
 from cortex.ipc.node_api import LoadRequest
 from cortex.ipc.taps import Tap
 from cortex.runtime import device_state
+from cortex.runtime.admission import shutting_down
 from cortex.runtime.config import DeviceSpec
 from cortex.runtime.device_choice import choose_device
 from cortex.runtime.device_life import DeviceLife, Life
@@ -37,11 +38,9 @@ from cortex.runtime.generation import Generation
 from cortex.runtime.model_files import ModelFiles
 from cortex.runtime.model_loads import Files, ModelLoads
 from cortex.runtime.model_state import FAILED_SHOWN_SECONDS, State, phase
-from cortex.runtime.sampling import operator_sampling
 from cortex.runtime.served_model import ServedModel, not_loaded
 
 STOP_GRACE_SECONDS = 5.0
-DRAIN_RETRY_SECONDS = 15
 
 _log = structlog.get_logger()
 
@@ -120,7 +119,6 @@ class Supervisor:
         Raise Unloadable for what cannot work, LoadedDifferently for a model that is here otherwise.
         """
         self._refuse_while_draining()
-        operator_sampling(request)
         known = self.models.get(request.model_id)
         if known is not None and known.state is State.UNLOADING:
             raise Conflict(f"model {known.id!r} is being unloaded: try again when it is gone")
@@ -186,7 +184,7 @@ class Supervisor:
         return device.spec.memory_bytes - sum(held)
 
     async def drain(self, timeout_seconds: float) -> None:
-        """Take nothing new and let what runs finish; what still runs in the end fails."""
+        """Take nothing new and let what runs finish; what runs or loads in the end fails."""
         self.is_draining = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_seconds):
@@ -195,6 +193,7 @@ class Supervisor:
         for generation in self._running():
             generation.cancel()
             generation.fail(ShuttingDown("the neuron stops and this request took too long"))
+        self._give_up_loads()
 
     def _running(self) -> list[Generation]:
         return [generation for device in self.devices for generation in device.generations]
@@ -207,7 +206,7 @@ class Supervisor:
 
     def _refuse_while_draining(self) -> None:
         if self.is_draining:
-            raise ShuttingDown("the neuron stops", retry_after_seconds=DRAIN_RETRY_SECONDS)
+            raise shutting_down()
 
     def _refuse_while_busy(self, device: DeviceProcess) -> None:
         running = len(device.generations)
@@ -245,12 +244,16 @@ class Supervisor:
             _log.info("model unloaded", model=model.id, device=model.device.spec.name)
         return error
 
-    async def _stop(self) -> None:
+    def _give_up_loads(self) -> None:
         for model in self._models.values():
+            if phase(model.state) is None and model.state is not State.RECOVERING:
+                continue
             if model.bringing_up is not None:
                 model.bringing_up.cancel()
-            if phase(model.state) is not None or model.state is State.RECOVERING:
-                model.fail(ShuttingDown("the neuron stops"))
+            model.fail(shutting_down())
+
+    async def _stop(self) -> None:
+        self._give_up_loads()
         await asyncio.gather(*(device.stop(STOP_GRACE_SECONDS) for device in self.devices))
 
     def _device_changed(self, device: DeviceProcess, before: device_state.State) -> None:

@@ -72,6 +72,8 @@ class TextSide:
     template: ChatTemplate | None
     generation: GenerationDefaults
     stop_token_ids: tuple[int, ...]
+    vocab_size: int
+    """Of the weights, which may have rows that no token of the tokenizer uses."""
 
     @classmethod
     def from_checkpoint(cls, path: Path) -> TextSide:
@@ -123,6 +125,7 @@ def _read(path: Path) -> TextSide:
         template=ChatTemplate(source, tokenizer.special_tokens) if source else None,
         generation=GenerationDefaults.of(checkpoint.generation_config),
         stop_token_ids=_stop_token_ids(checkpoint, tokenizer, source or ""),
+        vocab_size=checkpoint.config.get("vocab_size") or tokenizer.vocab_size,
     )
 
 

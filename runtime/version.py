@@ -2,21 +2,11 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
-from importlib import metadata
-from pathlib import Path
 
 from cortex.ipc.messages import Hello
 from cortex.ipc.node_api import Version
-
-DISTRIBUTION = "cortex-serve"
-UNKNOWN = "unknown"
-
-
-def package_version() -> str:
-    """Return the version of the installed package."""
-    return _version_of(DISTRIBUTION) or UNKNOWN
+from cortex.ipc.version import BUILD, version_of
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,12 +20,12 @@ class Build:
 
     @classmethod
     def read(cls) -> Build:
-        """Look at the installed packages and at the checkout, if it is one."""
+        """Look at the installed packages."""
         return cls(
-            package_version=package_version(),
-            git_sha=git_sha(Path(__file__).resolve().parents[1]),
-            torch_version=_version_of("torch"),
-            nccl_version=_version_of("nvidia-nccl-cu13") or _version_of("nvidia-nccl-cu12"),
+            package_version=BUILD.package_version,
+            git_sha=BUILD.git_sha,
+            torch_version=version_of("torch"),
+            nccl_version=version_of("nvidia-nccl-cu13") or version_of("nvidia-nccl-cu12"),
         )
 
     def version(self, hello: Hello | None) -> Version:
@@ -47,29 +37,3 @@ class Build:
             cuda_version=hello.cuda_version if hello else None,
             nccl_version=self.nccl_version,
         )
-
-
-def git_sha(checkout: Path) -> str:
-    """Return the commit that *checkout* is at, ``unknown`` where it is no git checkout."""
-    git = checkout / ".git"
-    head = _text(git / "HEAD")
-    if not head.startswith("ref: "):
-        return head or UNKNOWN
-    reference = head.removeprefix("ref: ")
-    pattern = rf"^([0-9a-f]+) {re.escape(reference)}$"
-    packed = re.search(pattern, _text(git / "packed-refs"), re.MULTILINE)
-    return _text(git / reference) or (packed[1] if packed else UNKNOWN)
-
-
-def _version_of(distribution: str) -> str | None:
-    try:
-        return metadata.version(distribution)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _text(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except OSError:
-        return ""

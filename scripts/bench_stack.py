@@ -11,7 +11,6 @@ import argparse
 import json
 import platform
 import statistics
-import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -20,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from answers import MODEL, Address, answered, events
-from quickstart import LOG, Stack, free_addresses
+from quickstart import Stack, free_addresses
 
 TOKENS = 128
 STREAMS = 8
@@ -33,14 +32,13 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="scripts/bench-stack", description=__doc__)
     parser.add_argument("--rounds", type=int, default=3, help="interleaved rounds (default 3)")
     rounds = parser.parse_args().rounds
-    LOG.parent.mkdir(exist_ok=True)
     anywhere = Address("127.0.0.1", 0)
     names = ("--listen", "--neuron-listen", "--metrics-listen")
     start = time.monotonic()
     with Stack(free_addresses(dict.fromkeys(names, anywhere))) as stack:
         result = measure(stack, start, rounds)
     for name, value in result.items():
-        print(f"{name:<44}{value if isinstance(value, str) else f'{value:,.2f}':>14}")
+        print(f"{name:<48}{value if isinstance(value, str) else f'{value:,.2f}':>14}")
     print(json.dumps(result))
 
 
@@ -92,7 +90,8 @@ def stream(stack: Stack, prompt: str, tokens: int) -> tuple[float, float, int]:
         "stream_options": {"include_usage": True},
     }
     start = time.monotonic()
-    first, usage = 0.0, {}
+    first = 0.0
+    usage: dict[str, int] = {}
     with answered(stack.gateway, "/v1/chat/completions", body) as response:
         for event in events(response):
             usage = event.get("usage") or usage
@@ -146,6 +145,8 @@ def name_of(pid: int) -> str:
     title = words[0].strip()
     if title.startswith("neuron"):
         return title
+    if "resource_tracker" in " ".join(words):
+        return "multiprocessing's resource tracker"
     return "neuron supervisor" if "cortex.runtime" in words else "gateway"
 
 
@@ -157,4 +158,4 @@ def cpu_name() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

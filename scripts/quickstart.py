@@ -2,7 +2,7 @@
 
 Run by ``scripts/quickstart`` with whatever Python it finds, before anything is installed: so it
 needs the standard library only. Whatever goes wrong is one sentence and exit status 1, with nothing
-left running. The daemons' log is in ``.cache/quickstart.log``.
+left running. The daemons' log is ``.cache/quickstart-PORT.log``, after the gateway's port.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from answers import MODEL, Address, Trouble, answered, ask_everything
 
 ROOT = Path(__file__).resolve().parents[1]
 VENV = Path(os.environ.get("CORTEX_VENV") or ROOT / ".venv")
-LOG = ROOT / ".cache" / "quickstart.log"
+LOGS = ROOT / ".cache"
 ADDRESSES = {
     "--listen": ("127.0.0.1:31313", "where clients connect"),
     "--neuron-listen": ("127.0.0.1:13131", "the neuron's own API"),
@@ -38,6 +38,8 @@ STALL_SECONDS = 300.0
 STOP_SECONDS = 150.0  # each daemon gives running requests 60, one after the other
 POLL_SECONDS = 0.1
 PR_SET_PDEATHSIG = 1
+STOPPED = "cortex up stopped: "
+SLOW = "CPU kernels are not available"
 
 
 def address(text: str) -> Address:
@@ -128,7 +130,9 @@ class Stack:
         command = [str(VENV / "bin" / "cortex"), "up", "--model", MODEL]
         for option, place in addresses.items():
             command += [option, str(place)]
-        with LOG.open("wb") as log:
+        LOGS.mkdir(exist_ok=True)
+        self.log = LOGS / f"quickstart-{self.gateway.port}.log"
+        with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command,
                 stdin=subprocess.DEVNULL,
@@ -144,7 +148,10 @@ class Stack:
     def __exit__(self, *_: object) -> None:
         """Stop it and wait; a second Ctrl-C, or a daemon that does not end, gets SIGKILL."""
         try:
-            print("quickstart: stopping", flush=True)
+            if self.process.poll() is None:
+                print(
+                    "quickstart: stopping; what runs may finish, Ctrl-C again ends it", flush=True
+                )
             self.process.terminate()
             self.process.wait(STOP_SECONDS)
         except (KeyboardInterrupt, subprocess.TimeoutExpired):
@@ -157,8 +164,11 @@ class Stack:
     def raise_if_ended(self) -> None:
         """Raise Trouble with the log's last words once the stack is gone."""
         status = self.process.poll()
+        if status is not None and status < 0:
+            raise Trouble(f"cortex up was killed by signal {-status}; log: {self.log}")
         if status is not None:
-            raise Trouble(f"cortex up ended with status {status}: {last_words()}; log: {LOG}")
+            words = last_words(self.log)
+            raise Trouble(f"cortex up ended with status {status}: {words}; log: {self.log}")
 
     def is_serving(self) -> bool:
         """Whether the gateway lists the model as loaded."""
@@ -178,11 +188,11 @@ class Stack:
             self.raise_if_ended()
             state = self.loading()
             if state.get("status") == "failed":
-                raise Trouble(f"{MODEL} cannot be loaded: {state.get('failure')}; log: {LOG}")
+                raise Trouble(f"{MODEL} cannot be loaded: {state.get('failure')}; log: {self.log}")
             if state != seen:
                 seen, since = state, time.monotonic()
             if time.monotonic() - since > STALL_SECONDS:
-                raise Trouble(f"nothing moved for {STALL_SECONDS:.0f} s; log: {LOG}")
+                raise Trouble(f"nothing moved for {STALL_SECONDS:.0f} s; log: {self.log}")
             line.show(state.get("progress") or {})
             time.sleep(POLL_SECONDS)
         line.end()
@@ -195,14 +205,17 @@ class Stack:
             self.raise_if_ended()
 
 
-def last_words() -> str:
-    """Return the log's last line for people, or else its last line.
+def last_words(log: Path) -> str:
+    """Return why ``cortex up`` says it stopped, or else the last thing it said."""
+    lines = plain_lines(log)
+    stopped = [line for line in lines if line.startswith(STOPPED)]
+    return (stopped or lines or ["it said nothing"])[-1].removeprefix(STOPPED)
 
-    JSON lines are for machines, and a line that points to what is above is not the reason.
-    """
-    lines = [line.strip() for line in LOG.read_text(errors="replace").splitlines() if line.strip()]
-    plain = [line for line in lines if not line.startswith("{") and "is above" not in line]
-    return (plain or lines or ["it said nothing"])[-1].removeprefix("cortex up stopped: ")
+
+def plain_lines(log: Path) -> list[str]:
+    """Return the log's lines for people; JSON lines are for machines."""
+    lines = (line.strip() for line in log.read_text(errors="replace").splitlines())
+    return [line for line in lines if line and not line.startswith("{")]
 
 
 class ProgressLine:
@@ -260,11 +273,13 @@ def serve(options: argparse.Namespace) -> None:
     free_addresses(wanted)  # say it now, not after minutes of installation
     install()
     start = time.monotonic()
-    LOG.parent.mkdir(exist_ok=True)
     with Stack(free_addresses(wanted)) as stack:
         print("quickstart: starting the gateway and the neuron", flush=True)
         stack.wait_until_serving()
         print(f"quickstart: {MODEL} serves after {time.monotonic() - start:.1f} s")
+        for line in plain_lines(stack.log):
+            if SLOW in line:
+                print(f"quickstart: {line}")
         ask_everything(stack.gateway)
         if not options.exit:
             stack.stay()
@@ -283,7 +298,7 @@ def main() -> int:
         print(f"quickstart: {exc}", file=sys.stderr)
         return 1
     except (OSError, http.client.HTTPException) as exc:
-        print(f"quickstart: {exc!r}; log: {LOG}", file=sys.stderr)
+        print(f"quickstart: {exc!r}; the log is in {LOGS}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         print("\nquickstart: stopped", file=sys.stderr)

@@ -1,7 +1,8 @@
 """A ``cortex`` command for tests of scripts/quickstart: one process plays both daemons.
 
 ``FAKE_CORTEX`` says what goes wrong: ``fails-to-start``, ``fails-to-load``, ``dies-when-asked``,
-``knows-nothing``, ``breaks-off``, ``speaks-gibberish``, ``ignores-sigterm``; nothing without it.
+``knows-nothing``, ``breaks-off``, ``speaks-gibberish``, ``ignores-sigterm``,
+``is-slow``, ``loses-its-neuron``; nothing without it.
 """
 
 from __future__ import annotations
@@ -123,10 +124,21 @@ def main() -> None:
         sys.exit(1)
     if MANNER == "ignores-sigterm":
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    if MANNER == "is-slow":
+        print("CPU kernels are not available, plain torch serves", flush=True)
+    if MANNER == "loses-its-neuron":
+        signal.signal(signal.SIGUSR1, lose_neuron)
     options = dict(zip(sys.argv[2::2], sys.argv[3::2], strict=True))
     serve(options["--listen"])
     serve(options["--neuron-listen"])
+    print("Ctrl-C stops it.", flush=True)
     signal.pause()
+
+
+def lose_neuron(*_: object) -> None:
+    """Stop as ``cortex up`` does when its neuron dies."""
+    print("cortex up stopped: the neuron has ended with signal 9; what it said is above")
+    sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -59,6 +59,7 @@ def tiny_text() -> TextSide:
         template=ChatTemplate(CHATML, specials),
         generation=GenerationDefaults(),
         stop_token_ids=(stop,),
+        vocab_size=backend.get_vocab_size(),
     )
 
 

@@ -9,6 +9,7 @@ from typing import Any, Self
 
 import msgspec
 from aiohttp import web
+from aiohttp.typedefs import Handler
 
 from cortex.gateway.config import GatewayConfig, Listening, Neuron, Timeouts
 from cortex.ipc.errors import ApiError
@@ -24,6 +25,7 @@ from cortex.ipc.node_api import (
     Progress,
     Servable,
 )
+from cortex.ipc.requests import decode_object
 
 QUICK = Timeouts(
     connect_seconds=5.0,
@@ -63,12 +65,13 @@ class FakeModel:
     def info(self) -> ModelInfo:
         """Return its entry in ``GET /models``."""
         loading = self.status == "loading"
+        is_told = self.status == "loaded" or not self.servable.ok
         return ModelInfo(
             id=self.id,
             harness="torch",
             status=self.status,
             devices=[ModelDevice(0, weights_mb=100)],
-            servable=self.servable if self.status == "loaded" else Servable(ok=False),
+            servable=self.servable if is_told else Servable(ok=False),
             limit=Limit(context=self.context) if self.context else None,
             progress=Progress("downloading", 40, 100) if loading else None,
             failure=self.failure,
@@ -96,6 +99,8 @@ class FakeNeuron:
     Control: ``may_load`` is a gate for loads, ``refuses_load`` and ``fails_load`` make them go
     wrong, ``is_out_of_order`` breaks every control connection, ``may_poll`` is a gate for polls.
     """
+
+    failure = "the device process has died"
 
     def __init__(self, models: Sequence[str] = (), name: str = "a", port: int = 0) -> None:
         self.name = name
@@ -130,7 +135,7 @@ class FakeNeuron:
         self.url = ""
 
     def _app(self) -> web.Application:
-        app = web.Application(client_max_size=64 * 2**20)
+        app = web.Application(client_max_size=64 * 2**20, middlewares=[_errors_as_json])
         app.add_routes(
             [
                 web.get("/health", self._health),
@@ -165,7 +170,7 @@ class FakeNeuron:
         return [request for request in self.received if request.path == path]
 
     async def _note(self, request: web.Request) -> dict[str, Any]:
-        body: dict[str, Any] = await request.json()
+        body = decode_object(await request.read())
         headers = {name.lower(): value for name, value in request.headers.items()}
         self.received.append(Received(request.path, headers, body))
         return body
@@ -252,11 +257,11 @@ class FakeNeuron:
             yield self._chunk(body, {"role": "assistant", "content": ""})
         for _ in range(self.keep_alives):
             yield ": keep-alive"
-        for position, token in enumerate([*self.tokens, ""]):
+        for position, token in enumerate([*self._says(body), ""]):
             if position == self.dies_after_tokens:
                 _abort(request)
             if position == self.fails_after_tokens:
-                yield _data(_error_object("node_failed", "the device process has died"))
+                yield _data(_error_object("node_failed", self.failure))
                 return
             if position == self.ends_after_tokens:
                 return
@@ -269,6 +274,10 @@ class FakeNeuron:
         if request.headers.get("x-cortex-usage") == "1":
             yield f": usage {msgspec.json.encode(self._cost()['usage']).decode()}"
         yield "data: [DONE]"
+
+    def _says(self, body: dict[str, Any]) -> list[str]:
+        del body
+        return self.tokens
 
     def _chunk(self, body: dict[str, Any], said: Any, finish_reason: str | None = None) -> str:
         choice: dict[str, Any] = {"index": 0, "finish_reason": finish_reason, "logprobs": None}
@@ -330,6 +339,14 @@ def _abort(request: web.Request) -> None:
     assert request.transport is not None
     request.transport.abort()
     raise _Aborted
+
+
+@web.middleware
+async def _errors_as_json(request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except ApiError as error:
+        return refusal(error)
 
 
 def _json(value: Any) -> web.Response:

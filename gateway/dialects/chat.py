@@ -1,7 +1,7 @@
 """OpenAI's chat and text completions: passed on as they are, answered as the node answers.
 
-The body goes to the node byte for byte, unless the client named a model otherwise than the node
-does; what the node says goes to the client byte for byte, always.
+The body goes to the node byte for byte, and what the node says to the client, unless the client
+named the model otherwise than the node does: then the name changes on both ways.
 """
 
 from __future__ import annotations
@@ -11,10 +11,11 @@ from typing import Any
 
 import msgspec
 
-from cortex.gateway.dialects.dialect import AskNode
+from cortex.gateway.dialects.dialect import AskNode, Translation
 from cortex.gateway.dialects.openai import OPENAI, OpenAI
+from cortex.gateway.renaming import RenamedStream, Renaming
 from cortex.ipc.errors import InvalidRequest
-from cortex.ipc.openai import decode_object, model_of
+from cortex.ipc.requests import decode_object, model_of
 
 
 class RoutingFields(msgspec.Struct):
@@ -39,7 +40,7 @@ class PassedOn:
         """Return the call in the body *raw*; raise MalformedJson, MissingModelField, ..."""
         try:
             fields = msgspec.json.decode(raw, type=RoutingFields)
-        except (msgspec.DecodeError, UnicodeDecodeError):
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
             decode_object(raw)  # says what is wrong in our words
             raise
         stream = fields.stream
@@ -53,14 +54,16 @@ class PassedOn:
             return self.raw
         return msgspec.json.encode({**decode_object(self.raw), "model": node_id})
 
-    def answer(self, body: bytes) -> bytes:
-        """Return *body*."""
-        return body
+    def answer(self, node_id: str, body: bytes) -> bytes:
+        """Return *body*, with the client's name of the model in it."""
+        renaming = Renaming(node_id, self.model)
+        return renaming.answer(body) if renaming.is_needed else body
 
-    async def translation(self, node_id: str, ask: AskNode) -> Verbatim:
-        """Return what passes bytes on."""
-        del node_id, ask
-        return Verbatim()
+    async def translation(self, node_id: str, ask: AskNode) -> Translation:
+        """Return what passes bytes on, or events with the client's name of the model in them."""
+        del ask
+        renaming = Renaming(node_id, self.model)
+        return RenamedStream(renaming) if renaming.is_needed else Verbatim()
 
 
 class Verbatim:

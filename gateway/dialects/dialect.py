@@ -56,7 +56,7 @@ class Call(Protocol):
     def body(self, node_id: str) -> bytes:
         """Return the body for a node that calls the model *node_id*."""
 
-    def answer(self, body: bytes) -> bytes:
+    def answer(self, node_id: str, body: bytes) -> bytes:
         """Return the client's form of a node's whole answer; raise NodeFailed if it has none."""
 
     async def translation(self, node_id: str, ask: AskNode) -> Translation:

@@ -53,13 +53,16 @@ def stop_of(choice: dict[str, Any]) -> tuple[str, str | None]:
     return "end_turn", None
 
 
-def message_of(body: bytes) -> dict[str, Any]:
-    """Return a node's chat completion as a message; raise NodeFailed where it is none."""
+def message_of(body: bytes, model: str) -> dict[str, Any]:
+    """Return a node's chat completion as a message of *model*, as the client named it.
+
+    Raise NodeFailed where it is none.
+    """
     try:
         completion = orjson.loads(body)
         choice = completion["choices"][0]
         text = choice["message"].get("content")
-        envelope = _envelope(completion["model"], usage_of(completion["usage"]))
+        envelope = _envelope(model, usage_of(completion["usage"]))
     except (orjson.JSONDecodeError, LookupError, TypeError, AttributeError) as exc:
         raise NodeFailed("the node's answer is not a chat completion") from exc
     reason, sequence = stop_of(choice)
@@ -113,13 +116,13 @@ class MessageEvents:
         data = sse.data_of(event) or {}
         if isinstance(error := data.get("error"), dict):
             raise Relayed.of(None, error)
-        return self._start(data) + b"".join(map(self._take, data.get("choices") or []))
+        return self._start() + b"".join(map(self._take, data.get("choices") or []))
 
-    def _start(self, data: dict[str, Any]) -> bytes:
+    def _start(self) -> bytes:
         if self._has_started:
             return b""
         self._has_started = True
-        message = _envelope(data.get("model") or self._model, usage_of(self._usage))
+        message = _envelope(self._model, usage_of(self._usage))
         return sse.event({"type": "message_start", "message": message}, "message_start")
 
     def _take(self, choice: dict[str, Any]) -> bytes:
@@ -136,7 +139,7 @@ class MessageEvents:
 
     def _end(self) -> bytes:
         reason, sequence = stop_of(self._choice)
-        said = self._start({})
+        said = self._start()
         if self._has_text:
             said += sse.event({"type": "content_block_stop", "index": 0}, "content_block_stop")
         delta = {

@@ -20,22 +20,26 @@ from cortex.gateway.dialects.anthropic import ANTHROPIC, Anthropic
 from cortex.gateway.dialects.dialect import AskNode
 from cortex.gateway.dialects.message_events import MessageEvents, message_of
 from cortex.ipc.errors import ApiError, InvalidRequest, UnsupportedParameter
-from cortex.ipc.openai import Temperature, TopK, TopP, decode_object, model_of
+from cortex.ipc.openai import MAX_TOKENS, Temperature, TopK, TopP
+from cortex.ipc.requests import Parameters, decode_object, model_of, typed
 
 BILLING = "x-anthropic-billing-header:"
-WITHOUT_EFFECT = frozenset(
-    {"cache_control", "context_management", "metadata", "safeguards", "service_tier"}
+PARAMETERS = Parameters(
+    without_effect=frozenset(
+        {"cache_control", "context_management", "metadata", "safeguards", "service_tier"}
+    ),
+    neutral={
+        "container": (None,),
+        "diagnostics": (None,),
+        "inference_geo": (None,),
+        "mcp_servers": (None, []),
+        "speed": (None, "standard"),
+        "tool_choice": (None, {"type": "auto"}, {"type": "none"}),
+        "tools": (None, []),
+    },
+    unknown="{name}: unknown parameter",
+    unsupported="{name}: not supported by this version",
 )
-NEUTRAL: dict[str, tuple[Any, ...]] = {
-    "container": (None,),
-    "diagnostics": (None,),
-    "inference_geo": (None,),
-    "mcp_servers": (None, []),
-    "speed": (None, "standard"),
-    "tool_choice": (None, {"type": "auto"}, {"type": "none"}),
-    "tools": (None, []),
-}
-"""Parameters that this version does not honour, and the values that ask for nothing."""
 WITHOUT_THINKING = ("disabled", "adaptive")
 FIELDS_OF_A_TURN = frozenset({"role", "content", "cache_control", "output_config"})
 
@@ -52,7 +56,7 @@ class MessagesRequest(msgspec.Struct):
 
     model: str
     messages: Annotated[list[Turn], Meta(min_length=1)]
-    max_tokens: int | None = None
+    max_tokens: Annotated[int, Meta(le=MAX_TOKENS)] | None = None
     system: str | list[dict[str, Any]] | None = None
     stop_sequences: list[str] | None = None
     stream: bool | None = None
@@ -78,9 +82,10 @@ class MessagesCall:
         """Return the chat request."""
         return orjson.dumps({**self.chat, "model": node_id, "stream": self.wants_stream})
 
-    def answer(self, body: bytes) -> bytes:
+    def answer(self, node_id: str, body: bytes) -> bytes:
         """Return the message in a node's chat completion."""
-        return orjson.dumps(message_of(body))
+        del node_id
+        return orjson.dumps(message_of(body, self.model))
 
     async def translation(self, node_id: str, ask: AskNode) -> MessageEvents:
         """Return what translates the stream.
@@ -108,7 +113,7 @@ def decode_messages(body: bytes, *, strip_billing_block: bool, counts_only: bool
     raw = decode_object(body)
     model_of(raw)
     _refuse_unsupported(raw)
-    request = _typed(raw)
+    request = typed(raw, MessagesRequest)
     chat: dict[str, Any] = {"messages": _chat_messages(request, strip_billing_block)}
     if not counts_only:
         chat["max_tokens"] = _max_tokens(request)
@@ -126,14 +131,6 @@ def decode_messages(body: bytes, *, strip_billing_block: bool, counts_only: bool
     return MessagesCall(request.model, bool(request.stream), chat)
 
 
-def _typed(raw: dict[str, Any]) -> MessagesRequest:
-    try:
-        return msgspec.convert(raw, MessagesRequest)
-    except msgspec.ValidationError as exc:
-        message, _, place = str(exc).partition(" - at `")
-        raise InvalidRequest(message, param=place.strip("`$.") or None) from exc
-
-
 def _max_tokens(request: MessagesRequest) -> int:
     if request.max_tokens is None:
         raise InvalidRequest("max_tokens: field required", param="max_tokens")
@@ -148,13 +145,7 @@ def _max_tokens(request: MessagesRequest) -> int:
 
 
 def _refuse_unsupported(raw: dict[str, Any]) -> None:
-    for name, value in raw.items():
-        if name in HONOURED or name in WITHOUT_EFFECT:
-            continue
-        if name not in NEUTRAL:
-            raise UnsupportedParameter(f"{name}: unknown parameter", param=name)
-        if value not in NEUTRAL[name]:
-            raise _unsupported(name)
+    PARAMETERS.refuse_unsupported(raw, HONOURED)
     thinking = raw.get("thinking")
     if thinking is not None and _type_of(thinking) not in WITHOUT_THINKING:
         raise _unsupported("thinking")
@@ -178,7 +169,7 @@ def _refuse_format(output_config: Any, place: str) -> None:
 
 
 def _unsupported(place: str) -> UnsupportedParameter:
-    return UnsupportedParameter(f"{place}: not supported by this version", param=place)
+    return UnsupportedParameter(PARAMETERS.unsupported.format(name=place), param=place)
 
 
 def _type_of(value: Any) -> Any:

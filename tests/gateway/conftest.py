@@ -1,5 +1,6 @@
 """Fixtures of the gateway's tests."""
 
+import asyncio
 from collections.abc import AsyncIterator, Iterator
 
 import aiohttp
@@ -7,6 +8,8 @@ import pytest
 import structlog
 from blockbuster import BlockBuster, blockbuster_ctx
 from structlog.typing import EventDict
+
+from fakes import until
 
 
 @pytest.fixture(autouse=True)
@@ -22,6 +25,15 @@ def logged() -> Iterator[list[EventDict]]:
     bound = [structlog.contextvars.merge_contextvars]
     with structlog.testing.capture_logs(processors=bound) as entries:
         yield entries
+
+
+@pytest.fixture(autouse=True)
+async def _no_task_is_left_behind() -> AsyncIterator[None]:
+    """Fail a test after which something still runs: gateways and fakes end with their block."""
+    before = asyncio.all_tasks()
+    yield
+    this = asyncio.current_task()
+    await until(lambda: asyncio.all_tasks() <= {*before, this})
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ from typing import Any
 
 import aiohttp
 import msgspec
+import orjson
 import pytest
 
 from cortex.gateway.app import CannotListen, Gateway, is_local
@@ -14,7 +15,6 @@ from cortex.gateway.background import Background
 from cortex.gateway.config import Listening
 from cortex.gateway.door import Door
 from cortex.gateway.proxy import Exchange
-from cortex.gateway.version import UNKNOWN, commit_of, package_version
 from cortex.ipc.errors import ShuttingDown
 from fakes import QUICK, FakeNeuron, gateway_config, until
 
@@ -47,8 +47,8 @@ async def test_while_it_drains_what_runs_finishes_and_what_is_new_is_503(
     assert text.endswith("data: [DONE]\n\n")
 
 
-async def test_a_drain_does_not_wait_for_ever(
-    neuron: FakeNeuron, session: aiohttp.ClientSession
+async def test_what_outlasts_the_drain_ends_with_an_error(
+    neuron: FakeNeuron, session: aiohttp.ClientSession, logged: list[dict[str, Any]]
 ) -> None:
     neuron.may_finish.clear()
     hasty = gateway_config(neuron, timeouts=msgspec.structs.replace(QUICK, drain_seconds=0.1))
@@ -56,9 +56,12 @@ async def test_a_drain_does_not_wait_for_ever(
     async with Gateway(hasty) as gateway:
         response = await session.post(gateway.url + CHAT, json=STREAM)
         await gateway.drain()
+    text = await response.text()
 
     await until(neuron.cancelled.is_set)
-    response.close()
+    assert orjson.loads(text.split("data: ")[-1])["error"]["code"] == "shutting_down"
+    (line,) = [entry for entry in logged if entry["event"] == "request finished"]
+    assert (line["status"], line["code"]) == (503, "shutting_down")
 
 
 async def test_an_idle_gateway_drains_at_once(neuron: FakeNeuron) -> None:
@@ -67,11 +70,12 @@ async def test_an_idle_gateway_drains_at_once(neuron: FakeNeuron) -> None:
             await gateway.drain()
 
 
-def test_a_door_counts_those_who_fail() -> None:
+async def test_a_door_counts_those_who_fail() -> None:
     door = Door()
 
-    with pytest.raises(ZeroDivisionError), door.enter():
-        raise ZeroDivisionError
+    with pytest.raises(ZeroDivisionError):
+        async with door.enter():
+            raise ZeroDivisionError
 
     assert door.inside == 0
 
@@ -80,8 +84,15 @@ async def test_a_closed_door_lets_nobody_in() -> None:
     door = Door()
     await door.close(within_seconds=1)
 
-    with pytest.raises(ShuttingDown), door.enter():
-        pass
+    with pytest.raises(ShuttingDown):
+        async with door.enter():
+            pass
+
+
+async def test_a_door_leaves_the_timeouts_of_others_alone() -> None:
+    with pytest.raises(TimeoutError):
+        async with Door().enter():
+            raise TimeoutError
 
 
 @pytest.mark.parametrize("which", ["listen", "metrics_listen"])
@@ -240,22 +251,3 @@ async def test_background_tasks_end_with_their_block() -> None:
         await asyncio.sleep(0)
 
     assert ended.is_set()
-
-
-def test_the_commit_of_a_checkout_is_known(tmp_path: Path) -> None:
-    (tmp_path / "HEAD").write_text("ref: refs/heads/main\n", encoding="utf-8")
-    unborn = commit_of(tmp_path)
-    (tmp_path / "refs" / "heads").mkdir(parents=True)
-    (tmp_path / "refs" / "heads" / "main").write_text("abc123\n", encoding="utf-8")
-
-    assert (unborn, commit_of(tmp_path)) == (UNKNOWN, "abc123")
-
-
-def test_a_detached_checkout_names_its_commit(tmp_path: Path) -> None:
-    (tmp_path / "HEAD").write_text("abc123\n", encoding="utf-8")
-
-    assert commit_of(tmp_path) == "abc123"
-
-
-def test_what_is_not_installed_has_no_version() -> None:
-    assert package_version("no-such-distribution-here") == UNKNOWN

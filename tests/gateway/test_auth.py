@@ -38,6 +38,8 @@ async def ask(
         {"Authorization": "bearer  sk-everything"},
         {"x-api-key": "sk-everything"},
         {"Authorization": "Basic abc", "x-api-key": "sk-everything"},
+        {"Authorization": "Bearer placeholder", "x-api-key": "sk-everything"},
+        {"Authorization": "Bearer sk-everything", "x-api-key": "placeholder"},
     ],
     ids=str,
 )
@@ -144,3 +146,21 @@ async def test_counting_tokens_of_a_forbidden_model_is_403(
             said = await response.json()
 
     assert (response.status, said["error"]["type"]) == (403, "permission_error")
+
+
+@pytest.mark.parametrize("what", ["load", "unload"])
+async def test_a_forbidden_model_is_neither_loaded_nor_unloaded(
+    neuron: FakeNeuron, session: aiohttp.ClientSession, what: str
+) -> None:
+    async with (
+        Gateway(guarded(neuron, required=True)) as gateway,
+        session.post(
+            f"{gateway.url}/fleet/models/{what}",
+            json={"model": "qwen3-8b"},
+            headers={"x-api-key": "sk-only-small"},
+        ) as response,
+    ):
+        body = await response.json()
+
+    assert (response.status, body["error"]["code"]) == (403, "model_not_allowed")
+    assert "qwen3-8b" in neuron.models

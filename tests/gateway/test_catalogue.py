@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from cortex.gateway.catalogue import BUILT_IN, Catalogue, Profile, catalogue_for, load_catalogue
-from cortex.gateway.config import ConfigError
-from cortex.ipc.node_api import EMBEDDED_MODEL, Limit, LoadRequest
+from cortex.ipc.node_api import EMBEDDED_MODEL, Limit, LoadRequest, SamplingDefaults
+from cortex.ipc.settings import ConfigError
 
 PACKAGING = Path(__file__).resolve().parents[2] / "packaging"
 
@@ -34,7 +34,7 @@ def test_everything_the_example_says_is_asked_of_the_node() -> None:
         max_context_tokens=4096,
         kv_cache_mb=512,
         max_sequences=8,
-        sampling={"temperature": 0.0, "top_p": 1.0, "top_k": -1},
+        sampling=SamplingDefaults(temperature=0.0, top_p=1.0, top_k=0),
     )
 
 
@@ -70,10 +70,16 @@ def test_a_model_can_be_added() -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('[[models]]\nid = "m"\n' * 2, "models: id 'm' is there twice"),
-        ('[[models]]\nid = "m"\npinned_on = ["x"]\n', "m: pinned_on: no neuron is called 'x'"),
-        ('aliases = { m = "n" }\n[[models]]\nid = "m"\n', "'m' is the id of a model already"),
-        ('aliases = { a = "b", b = "c" }\n', "'a' names 'b', itself an alias"),
+        ('[[models]]\nid = "m"\n' * 2, "models.toml:4: models[1].id: 'm' is there twice"),
+        (
+            '[[models]]\nid = "m"\npinned_on = ["x"]\n',
+            "models.toml:3: models[0].pinned_on: no neuron is called 'x'",
+        ),
+        (
+            'aliases = { m = "n" }\n[[models]]\nid = "m"\n',
+            "models.toml:1: aliases.m: this is the id of a model",
+        ),
+        ('aliases = { a = "b", b = "c" }\n', "aliases.a: 'b' is itself an alias"),
         ('[[models]]\nid = "m"\n\ncost = 3\n', "models.toml:4: models[0].cost: unknown option"),
         (
             '[[models]]\nid = "m"\nsampling = { temperature = 9 }\n',

@@ -2,6 +2,7 @@
 
 import asyncio
 import os
+import pty
 import signal
 import socket
 import subprocess
@@ -12,7 +13,7 @@ import orjson
 import pytest
 
 from cortex.gateway.app import Gateway
-from cortex.gateway.version import package_version
+from cortex.ipc.version import BUILD
 from fakes import FakeNeuron, gateway_config
 
 
@@ -30,7 +31,7 @@ def cortex(*arguments: str, **environ: str) -> tuple[int, str, str]:
 
 
 def test_it_tells_its_version() -> None:
-    assert cortex("--version")[:2] == (0, f"cortex {package_version()}\n")
+    assert cortex("--version")[:2] == (0, f"cortex {BUILD.package_version}\n")
 
 
 def test_without_a_command_it_teaches() -> None:
@@ -54,7 +55,10 @@ def test_a_wrong_configuration_is_one_sentence_and_2(tmp_path: Path) -> None:
 
     status, _, err = cortex("serve", "--config", str(path))
 
-    assert (status, err) == (2, f"cortex: {path}:2: gateway.listn: unknown option\n")
+    assert (status, err) == (
+        2,
+        f"cortex: {path}:2: gateway.listn: unknown option; did you mean listen?\n",
+    )
 
 
 def test_a_taken_port_is_one_sentence_and_1(tmp_path: Path) -> None:
@@ -71,8 +75,60 @@ def test_a_taken_port_is_one_sentence_and_1(tmp_path: Path) -> None:
     assert "Traceback" not in err
 
 
+def test_serve_without_a_file_says_what_to_do() -> None:
+    _, _, err = cortex("serve")
+
+    assert "/etc/cortex/cortex.toml does not exist; write it" in err
+    assert "--config" in err
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--endpoint", "foo"], "--endpoint 'foo': expected http://HOST:PORT, without a path"),
+        (["--api-key", "bad\nkey"], "--api-key: expected printable ASCII characters only"),
+    ],
+    ids=["endpoint", "key"],
+)
+@pytest.mark.parametrize("command", [["status"], ["chat", "hi"]], ids=lambda c: c[0])
+def test_a_wrong_option_is_one_sentence_and_2(
+    command: list[str], options: list[str], words: str
+) -> None:
+    status, _, err = cortex(*command, *options)
+
+    assert (status, err.count("\n")) == (2, 1)
+    assert err.startswith(f"cortex: {words}")
+
+
+def test_every_command_is_described_in_one_line() -> None:
+    _, out, _ = cortex("--help", COLUMNS="80")
+
+    assert "..." not in out.partition("Commands:")[2]
+
+
+async def test_an_interrupt_during_the_imports_is_no_traceback(tmp_path: Path) -> None:
+    (tmp_path / "typer.py").write_text("print('importing', flush=True)\ninput()\n")
+    process = await asyncio.create_subprocess_exec(
+        *(sys.executable, "-m", "cortex.gateway", "chat"),
+        env={**os.environ, "PYTHONPATH": str(tmp_path)},
+        stdin=asyncio.subprocess.PIPE,
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    assert process.stdout is not None
+    await process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    _, err = await process.communicate()
+
+    assert (process.returncode, err) == (-signal.SIGINT, b"")  # 130 to a shell
+
+
 def test_up_refuses_an_address_in_words() -> None:
-    status, _, err = cortex("up", "--listen", "nonsense")
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+
+    status, _, err = cortex("up", "--listen", "nonsense", "--neuron-listen", f"127.0.0.1:{port}")
 
     assert (status, "Traceback" in err) == (2, False)
     assert "nonsense" in err
@@ -126,7 +182,7 @@ async def test_chat_without_a_question_is_a_conversation(neuron: FakeNeuron) -> 
     async with Gateway(gateway_config(neuron)) as gateway:
         status, out, _ = await typed(gateway, "chat", said="hi\n\nand you?\n")
 
-    assert (status, out.count("Hello world\n")) == (0, 2)
+    assert (status, out) == (0, "Hello world\nHello world\n")
     assert [turn["content"] for turn in neuron.received[1].body["messages"]] == [
         "hi",
         "Hello world",
@@ -160,7 +216,7 @@ async def test_an_interrupted_answer_does_not_end_a_conversation(neuron: FakeNeu
         out, err = await process.communicate(b"again\n")
 
     assert (process.returncode, b"(interrupted)" in err) == (0, True)
-    assert out.endswith(b"Hello world\n> \n")
+    assert out.endswith(b"Hello world\n")
     assert len(neuron.received[-1].body["messages"]) == 1
 
 
@@ -169,3 +225,29 @@ async def test_a_refusal_in_a_chat_is_one_sentence(neuron: FakeNeuron) -> None:
         status, _, err = await typed(gateway, "chat", "--model", "nobody-has-it", "hi")
 
     assert (status, err.startswith("cortex: nobody serves the model 'nobody-has-it'")) == (1, True)
+
+
+async def test_whoever_did_not_choose_is_told_which_model_answers() -> None:
+    async with FakeNeuron(["one", "two"]) as neuron, Gateway(gateway_config(neuron)) as gateway:
+        _, out, err = await typed(gateway, "chat", "hi")
+        _, _, chosen = await typed(gateway, "chat", "--model", "two", "hi")
+
+    assert (out, err, chosen) == ("Hello world\n", "one answers; --model asks another one.\n", "")
+
+
+async def test_a_conversation_on_a_terminal_has_prompts(neuron: FakeNeuron) -> None:
+    ours, theirs = pty.openpty()
+    async with Gateway(gateway_config(neuron)) as gateway:
+        await gateway.poller.first_round()
+        process = await asyncio.create_subprocess_exec(
+            *(sys.executable, "-m", "cortex.gateway", "chat", "--endpoint", gateway.url),
+            stdin=theirs,
+            stdout=asyncio.subprocess.PIPE,
+            stderr=asyncio.subprocess.DEVNULL,
+        )
+        os.close(theirs)
+        os.write(ours, b"hi\n\x04")
+        out, _ = await process.communicate()
+    os.close(ours)
+
+    assert (process.returncode, out) == (0, b"> Hello world\n> \n")

@@ -8,17 +8,15 @@ import pytest
 from cortex.gateway.catalogue import ModelsFile
 from cortex.gateway.config import (
     Anthropic,
-    ConfigError,
     Entitlements,
     GatewayConfig,
     Key,
     Listening,
     Neuron,
-    Part,
     Timeouts,
     load_config,
-    split_address,
 )
+from cortex.ipc.settings import ConfigError, Table
 
 PACKAGING = Path(__file__).resolve().parents[2] / "packaging"
 NEURONS = '[[neurons]]\nname = "a"\nendpoint = "http://a:13131/"\n'
@@ -48,7 +46,7 @@ def test_the_example_equals_the_defaults() -> None:
     [GatewayConfig, Listening, Neuron, Anthropic, Entitlements, Key, Timeouts],
     ids=lambda shape: shape.__name__,
 )
-def test_every_option_is_in_the_example(shape: type[Part]) -> None:
+def test_every_option_is_in_the_example(shape: type[Table]) -> None:
     text = (PACKAGING / "cortex.example.toml").read_text(encoding="utf-8")
 
     assert [name for name in shape.__struct_fields__ if name not in text] == []
@@ -63,17 +61,15 @@ def test_an_endpoint_loses_its_trailing_slash(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ('[gateway]\n\nlistn = "x"\n', "cortex.toml:3: gateway.listn: unknown option"),
         ("[eviction]\n", "cortex.toml:1: eviction: not supported by this version"),
-        ('[[neurons]]\nname = "a"\n', "cortex.toml:1: neurons[0]: object missing required field"),
+        ('[[neurons]]\nname = "a b"\n', "cortex.toml:2: neurons[0].name: expected a name"),
         (
             NEURONS + '[[neurons]]\nname = "b"\nendpoint = "http://b/v1"\n',
-            "cortex.toml:6: neurons[1].endpoint: expected `str` matching regex",
+            "cortex.toml:6: neurons[1].endpoint: expected http://HOST:PORT",
         ),
         (NEURONS + 'key_file = "x"\n', "cortex.toml:4: neurons[0].key_file: not supported"),
-        ('[gateway]\nlisten = "localhost"\n', "cortex.toml:2: gateway.listen: expected `str`"),
+        ('[gateway]\nlisten = "localhost"\n', "cortex.toml:2: gateway.listen: expected HOST:PORT"),
         ("[timeouts]\npoll_seconds = 0\n", "cortex.toml:2: timeouts.poll_seconds: expected"),
-        ("[gateway\n", "cortex.toml: Expected ']'"),
     ],
 )
 def test_a_wrong_option_is_named_with_file_and_line(tmp_path: Path, text: str, said: str) -> None:
@@ -83,38 +79,30 @@ def test_a_wrong_option_is_named_with_file_and_line(tmp_path: Path, text: str, s
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("", "no neuron is configured"),
-        (NEURONS + NEURONS, "neurons: name 'a' is there twice"),
-        (NEURONS + NEURONS.replace('"a"', '"b"'), "endpoint 'http://a:13131' is there twice"),
-        (NEURONS + "[entitlements]\nrequire_auth = true\n", "needs at least one key"),
-        ('[gateway]\nlisten = "h:99999"\n' + NEURONS, "ports end at 65535"),
+        ("", "needs at least one [[neurons]]"),
+        (NEURONS + NEURONS, "cortex.toml:5: neurons[1].name: 'a' is there twice"),
+        (
+            NEURONS + NEURONS.replace('"a"', '"b"'),
+            "neurons[1].endpoint: 'http://a:13131' is there twice",
+        ),
+        (
+            NEURONS + "[entitlements]\nrequire_auth = true\n",
+            "require_auth: there must be at least one key",
+        ),
         (
             NEURONS + '[[entitlements.keys]]\nkey = "12345678"\nid = "x"\n' * 2,
-            "entitlements.keys: id 'x' is there twice",
+            "entitlements.keys[1].id: 'x' is there twice",
         ),
         (
             NEURONS
             + '[[entitlements.keys]]\nkey = "12345678"\nid = "x"\n'
             + '[[entitlements.keys]]\nkey = "12345678"\nid = "y"\n',
-            "two ids have the same key",
+            "cortex.toml:8: entitlements.keys[1].key: is there twice",
         ),
     ],
 )
 def test_what_does_not_go_together_is_refused(tmp_path: Path, text: str, said: str) -> None:
     assert said in refusal(tmp_path, text)
-
-
-def test_a_file_that_is_not_there_is_one_sentence(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"cannot read .*: No such file"):
-        load_config(tmp_path / "cortex.toml", {})
-
-
-def test_a_file_that_is_not_text_is_one_sentence(tmp_path: Path) -> None:
-    path = tmp_path / "cortex.toml"
-    path.write_bytes(b"\xff\xfe")
-
-    with pytest.raises(ConfigError, match="it is not UTF-8"):
-        load_config(path, {})
 
 
 def test_the_environment_wins_over_the_file(tmp_path: Path) -> None:
@@ -140,20 +128,11 @@ def test_the_environment_may_name_a_whole_fleet() -> None:
     assert [neuron.name for neuron in config.neurons] == ["a", "b"]
 
 
-def test_the_environment_may_change_one_neuron(tmp_path: Path) -> None:
-    environ = {"CORTEX_NEURONS__0__ENDPOINT": "http://elsewhere:1"}
-
-    config, _ = load_config(written(tmp_path, NEURONS), environ)
-
-    assert config.neurons == (Neuron("a", "http://elsewhere:1"),)
-
-
 @pytest.mark.parametrize(
     ("variable", "said"),
     [
         ("CORTEX_GATEWAY__LISTN", "CORTEX_GATEWAY__LISTN: unknown option"),
         ("CORTEX_TIMEOUTS__POLL_SECONDS", "CORTEX_TIMEOUTS__POLL_SECONDS: expected `float`"),
-        ("CORTEX_NEURONS__5__NAME", "CORTEX_NEURONS__5__NAME: there is no such place"),
     ],
 )
 def test_a_wrong_variable_is_named(tmp_path: Path, variable: str, said: str) -> None:
@@ -164,10 +143,6 @@ def test_the_key_of_the_client_commands_is_no_option(tmp_path: Path) -> None:
     config, _ = load_config(written(tmp_path, NEURONS), {"CORTEX_API_KEY": "sk-x", "HOME": "/"})
 
     assert config.neurons
-
-
-def test_an_ipv6_address_loses_its_brackets() -> None:
-    assert split_address("[::1]:80") == ("::1", 80)
 
 
 def test_the_example_catalogue_has_every_option() -> None:

@@ -224,3 +224,33 @@ async def test_a_client_that_stops_reading_is_cut_off() -> None:
             assert gateway.fleet.own("a") == {}
             writer.close()
             del reader
+
+
+async def test_a_refusal_that_comes_in_pieces_is_read_whole(
+    session: aiohttp.ClientSession,
+) -> None:
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(status=422)
+        await response.prepare(request)
+        await response.write(b'{"error": {"code": "unloadable",')
+        await asyncio.sleep(0.05)  # so that the pieces travel apart
+        await response.write(b'"message": "why"}}')
+        await response.write_eof()
+        return response
+
+    status, text = await serving(answer, session, ASK)
+
+    assert (status, code(text)) == (422, "unloadable")
+
+
+@pytest.mark.parametrize("status", [204, 307])
+async def test_a_status_that_is_neither_answer_nor_refusal_is_a_failure(
+    session: aiohttp.ClientSession, neuron: FakeNeuron, status: int
+) -> None:
+    async def answer(_: web.Request) -> web.StreamResponse:
+        return web.Response(status=status, headers={"Location": neuron.url + CHAT})
+
+    said = await serving(answer, session, ASK)
+
+    assert (said[0], code(said[1])) == (502, "node_failed")
+    assert neuron.received == []

@@ -153,7 +153,7 @@ def test_why_it_stopped(choice: dict[str, Any], stop: tuple[str, str | None]) ->
 
 
 def test_a_whole_answer_has_every_field() -> None:
-    message = message_of(completion())
+    message = message_of(completion(), "m")
 
     assert message.keys() == MESSAGE_FIELDS
     assert message["usage"].keys() == USAGE_FIELDS
@@ -162,13 +162,13 @@ def test_a_whole_answer_has_every_field() -> None:
 
 
 def test_a_whole_answer_without_text_has_no_content() -> None:
-    assert message_of(completion(message={"content": ""}))["content"] == []
+    assert message_of(completion(message={"content": ""}), "m")["content"] == []
 
 
 @pytest.mark.parametrize("body", [b"<html>", b"[]", b"{}", b'{"choices": []}'])
 def test_an_answer_that_is_none_is_a_failure_of_the_node(body: bytes) -> None:
     with pytest.raises(NodeFailed, match="not a chat completion"):
-        message_of(body)
+        message_of(body, "m")
 
 
 def test_usage_of_a_node_that_tells_nothing_is_zero() -> None:

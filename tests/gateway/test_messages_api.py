@@ -1,5 +1,6 @@
 """Anthropic's Messages through the gateway, over HTTP."""
 
+import asyncio
 from typing import Any
 
 import aiohttp
@@ -116,6 +117,38 @@ async def test_the_prompts_tokens_are_counted_beside_the_answer(
         _, text = await ask(session, gateway, STREAM)
 
     assert '"input_tokens":42' in text.split("\n\n")[0]
+
+
+async def test_the_prompts_tokens_are_counted_before_the_node_answers(
+    neuron: FakeNeuron, session: aiohttp.ClientSession
+) -> None:
+    neuron.may_begin.clear()
+
+    async with Gateway(gateway_config(neuron)) as gateway, asyncio.TaskGroup() as group:
+        asking = group.create_task(ask(session, gateway, STREAM))
+        await until(lambda: neuron.requests("/tokenize") != [])
+        neuron.may_begin.set()
+        status, _ = await asking
+
+    assert status == 200
+
+
+async def test_a_count_that_a_refusal_makes_pointless_is_given_up(
+    session: aiohttp.ClientSession,
+) -> None:
+    class SlowToCount(FakeNeuron):
+        async def _tokenize(self, request: Any) -> Any:
+            await self._note(request)
+            self.refuses = Overloaded("full")
+            self.may_begin.set()
+            await asyncio.Event().wait()
+
+    async with SlowToCount(["qwen3-8b"]) as slow, Gateway(gateway_config(slow)) as gateway:
+        slow.may_begin.clear()
+        async with asyncio.timeout(QUICK.control_seconds / 2):
+            status, _ = await ask(session, gateway, STREAM)
+
+    assert status == 529
 
 
 async def test_a_node_that_cannot_count_tells_at_the_end(

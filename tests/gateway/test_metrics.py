@@ -130,6 +130,19 @@ async def test_a_client_cannot_make_up_labels(
     assert of(samples, "request_errors_total", **NOWHERE, code="missing_model_field") == 1
 
 
+async def test_a_node_cannot_make_up_labels(
+    neuron: FakeNeuron, session: aiohttp.ClientSession
+) -> None:
+    neuron.refuses = Overloaded("full")
+    neuron.refuses.code = "mood-17"
+
+    async with Gateway(gateway_config(neuron)) as gateway:
+        await ask(session, gateway, BODY)
+        samples = await scrape(session, gateway)
+
+    assert of(samples, "request_errors_total", **HERE, code="unknown") == 1
+
+
 async def test_an_alias_is_counted_as_its_model(
     neuron: FakeNeuron, session: aiohttp.ClientSession
 ) -> None:

@@ -9,7 +9,7 @@ from yarl import URL
 
 from cortex.gateway.app import Gateway
 from cortex.gateway.catalogue import BUILT_IN, Catalogue, Limits, Profile
-from cortex.ipc.node_api import EMBEDDED_MODEL, Servable, Version
+from cortex.ipc.node_api import EMBEDDED_MODEL, ModelStatus, Servable, Version
 from cortex.ipc.openai import ModelList
 from fakes import FakeNeuron, gateway_config, until
 
@@ -174,9 +174,13 @@ async def test_anthropic_clients_get_their_form(session: aiohttp.ClientSession) 
     assert (one["type"], one["max_input_tokens"], one["lifecycle"]) == ("model", 4096, "active")
 
 
-async def test_a_limit_that_is_no_number_is_refused(session: aiohttp.ClientSession) -> None:
+@pytest.mark.parametrize("limit", ["x", "", "0", "-1", "²", "9" * 5000])
+async def test_a_limit_that_is_no_number_is_refused(
+    session: aiohttp.ClientSession, limit: str
+) -> None:
     async with FakeNeuron() as a, Gateway(gateway_config(a)) as gateway:
-        status, body = await get(session, gateway.url + "/v1/models?limit=x", **ANTHROPIC)
+        url = f"{gateway.url}/v1/models?limit={limit}"
+        status, body = await get(session, url, **ANTHROPIC)
 
     assert (status, body["error"]["param"]) == (400, "limit")
 
@@ -197,7 +201,19 @@ async def test_health_tells_how_many_nodes_are_up(session: aiohttp.ClientSession
             await gateway.poller.first_round()
             status, body = await get(session, gateway.url + "/health")
 
-    assert (status, body) == (200, {"status": "ok", "nodes": {"healthy": 1, "total": 2}})
+    assert (status, body) == (200, {"status": "impaired", "nodes": {"healthy": 1, "total": 2}})
+
+
+async def test_health_is_ok_where_every_node_is_up(session: aiohttp.ClientSession) -> None:
+    async with (
+        FakeNeuron(name="a") as a,
+        FakeNeuron(name="b") as b,
+        Gateway(gateway_config(a, b)) as gateway,
+    ):
+        await gateway.poller.first_round()
+        _, body = await get(session, gateway.url + "/health")
+
+    assert body == {"status": "ok", "nodes": {"healthy": 2, "total": 2}}
 
 
 async def test_health_without_nodes_is_degraded(session: aiohttp.ClientSession) -> None:
@@ -209,8 +225,12 @@ async def test_health_without_nodes_is_degraded(session: aiohttp.ClientSession) 
     assert body["status"] == "degraded"
 
 
-async def test_health_names_what_cannot_be_served(session: aiohttp.ClientSession) -> None:
+@pytest.mark.parametrize("status", ["loaded", "recovering"])
+async def test_health_names_what_cannot_be_served(
+    session: aiohttp.ClientSession, status: ModelStatus
+) -> None:
     async with FakeNeuron(["m"]) as a, Gateway(gateway_config(a)) as gateway:
+        a.models["m"].status = status
         a.models["m"].servable = Servable(ok=False, reason="low_memory", detail="3 MB")
         await gateway.poller.refresh("a")
         _, body = await get(session, gateway.url + "/health")
@@ -245,8 +265,31 @@ async def test_the_fleet_shows_nodes_devices_models_and_why(
     assert (down["healthy"], down["devices"], down["error"]) == (
         False,
         [],
-        "node b broke the connection",
+        "node b cannot be reached (connection refused)",
     )
+
+
+async def test_what_a_node_had_before_it_went_down_is_not_shown(
+    neuron: FakeNeuron, session: aiohttp.ClientSession
+) -> None:
+    async with Gateway(gateway_config(neuron)) as gateway:
+        await gateway.poller.first_round()
+        neuron.is_out_of_order = True
+        await until(lambda: not gateway.fleet.node("a").is_healthy)
+        _, body = await get(session, gateway.url + "/fleet")
+
+    (node,) = body["nodes"]
+    assert (node["healthy"], node["models"], node["devices"], node["load"]) == (False, [], [], [])
+
+
+async def test_a_model_on_a_node_that_drains_does_not_count_as_loaded(
+    session: aiohttp.ClientSession,
+) -> None:
+    async with FakeNeuron(["warm"]) as a:
+        a.draining = True
+        found = await listed(session, a)
+
+    assert found["warm"]["loaded"] is False
 
 
 async def test_the_version_is_in_the_contract(session: aiohttp.ClientSession) -> None:

@@ -1,11 +1,14 @@
 """What the poller keeps true."""
 
+import asyncio
+
 import aiohttp
+import msgspec
 import pytest
 from aiohttp import web
 
 from cortex.gateway.app import Gateway
-from fakes import FakeNeuron, gateway_config, until
+from fakes import QUICK, FakeNeuron, gateway_config, until
 
 
 async def test_what_a_node_has_is_known_after_the_first_round(neuron: FakeNeuron) -> None:
@@ -57,12 +60,16 @@ async def test_a_node_that_is_not_there_is_down(neuron: FakeNeuron) -> None:
         assert not gateway.fleet.node("a").is_healthy
 
 
-@pytest.mark.parametrize("text", ["<html>", '{"models": 3}', "[{}]"])
-async def test_a_node_that_talks_nonsense_is_down(text: str) -> None:
+@pytest.mark.parametrize(
+    "body",
+    [b"<html>", b'{"models": 3}', b"[{}]", b'[{"id": "\xff"}]', b"[" * 100_000],
+    ids=["html", "object", "empty", "not-utf-8", "deep"],
+)
+async def test_a_node_that_talks_nonsense_is_down(body: bytes) -> None:
     class Odd(FakeNeuron):
         async def _models(self, request: web.Request) -> web.Response:
             await self._polled(request)
-            return web.Response(text=text)
+            return web.Response(body=body)
 
     async with Odd() as odd, Gateway(gateway_config(odd)) as gateway:
         await gateway.poller.first_round()
@@ -96,3 +103,26 @@ async def test_going_up_and_down_is_logged_once(
 
     changes = [entry for entry in logged if entry["event"] == "node went up or down"]
     assert [(entry["node"], entry["is_up"]) for entry in changes] == [("a", True)]
+
+
+async def test_who_looks_does_not_wait_long_for_a_node_in_doubt(neuron: FakeNeuron) -> None:
+    async with Gateway(gateway_config(neuron)) as gateway:
+        await gateway.poller.settled()
+        neuron.may_poll.clear()
+        gateway.poller.doubt("a")
+
+        async with asyncio.timeout(5):
+            await gateway.poller.settled()
+
+        neuron.may_poll.set()
+
+
+async def test_a_node_in_doubt_is_polled_at_once(neuron: FakeNeuron) -> None:
+    rarely = msgspec.structs.replace(QUICK, poll_seconds=3600)
+    async with Gateway(gateway_config(neuron, timeouts=rarely)) as gateway:
+        await gateway.poller.settled()
+        neuron.models.clear()
+        gateway.poller.doubt("a")
+        await gateway.poller.settled()
+
+        assert gateway.fleet.node("a").models == ()

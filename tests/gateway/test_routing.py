@@ -158,6 +158,26 @@ def test_a_model_whose_only_node_is_down_is_503() -> None:
     assert refused(fleet(down(node("a")), node("b", None))) == (503, "recovering", 3)
 
 
+@pytest.mark.parametrize(
+    ("snapshot", "words"),
+    [
+        (
+            fleet(down(node("a", None)), draining(node("b", None))),
+            "no node can take 'm' now: node a is down, node b is draining",
+        ),
+        (
+            fleet(down(node("a")), node("b", None)),
+            "'m' cannot be served now: node a is down",
+        ),
+    ],
+)
+def test_the_nodes_that_are_away_are_named(snapshot: FleetSnapshot, words: str) -> None:
+    decision = decide(snapshot, Target("m", "m", None))
+
+    assert isinstance(decision, Refuse)
+    assert str(decision.error) == words
+
+
 def test_a_model_that_nobody_has_is_404() -> None:
     assert refused(fleet(node("a", None))) == (404, "model_not_found", None)
 

@@ -12,7 +12,7 @@ from openai.types.chat import ChatCompletionUserMessageParam
 from cortex.gateway.app import Gateway
 from cortex.gateway.config import Entitlements, Key
 from cortex.ipc.errors import ContextLengthExceeded, Overloaded
-from fakes import FakeNeuron, gateway_config
+from fakes import FakeModel, FakeNeuron, gateway_config
 
 MODEL = "qwen3-8b"
 USER: list[ChatCompletionUserMessageParam] = [{"role": "user", "content": "hi"}]
@@ -88,6 +88,17 @@ async def test_openai_models(neuron: FakeNeuron) -> None:
 
     assert listed == [MODEL, "smollm2-135m-instruct"]
     assert (one.id, one.object, one.owned_by) == (MODEL, "model", "cortex")
+
+
+@pytest.mark.parametrize("name", ["org/model:x", "file:/srv/a model.gguf"])
+async def test_both_find_a_model_by_an_id_with_slashes(neuron: FakeNeuron, name: str) -> None:
+    neuron.models[name] = FakeModel(name)
+
+    async with openai_client(neuron) as openai_side, anthropic_client(neuron) as anthropic_side:
+        found = await openai_side.models.retrieve(name)
+        found_too = await anthropic_side.models.retrieve(name)
+
+    assert (found.id, found_too.id) == (name, name)
 
 
 async def test_openai_errors_have_their_types(neuron: FakeNeuron) -> None:

@@ -1,8 +1,10 @@
 """``cortex status`` and ``cortex chat`` against a gateway."""
 
+import asyncio
 import io
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from typing import Any
 
 import pytest
 from aiohttp import web
@@ -13,8 +15,9 @@ from cortex.gateway.app import Gateway
 from cortex.gateway.catalogue import Catalogue
 from cortex.gateway.config import Entitlements, Key
 from cortex.gateway.terminal import GatewayClient, Unreachable, print_fleet
-from cortex.ipc.errors import Overloaded
-from fakes import FakeNeuron, gateway_config
+from cortex.ipc.errors import Overloaded, RouteNotFound
+from cortex.ipc.settings import ConfigError
+from fakes import FakeNeuron, gateway_config, refusal
 
 ASK = [{"role": "user", "content": "hi"}]
 
@@ -48,18 +51,18 @@ async def test_a_loaded_model_is_taken_first(neuron: FakeNeuron) -> None:
     catalogue = Catalogue().with_profile("a-cold-one")
 
     async with client_of(neuron, catalogue) as client:
-        assert await client.default_model() == "qwen3-8b"
+        assert await client.default_models() == ["qwen3-8b"]
 
 
 async def test_any_model_is_taken_where_none_is_loaded() -> None:
     async with FakeNeuron() as neuron, client_of(neuron, Catalogue().with_profile("c")) as client:
-        assert await client.default_model() == "c"
+        assert await client.default_models() == ["c"]
 
 
 async def test_a_gateway_without_models_is_said() -> None:
     async with FakeNeuron() as neuron, client_of(neuron) as client:
         with pytest.raises(Unreachable, match="serves no model"):
-            await client.default_model()
+            await client.default_models()
 
 
 async def test_a_refusal_is_said_in_its_words(neuron: FakeNeuron) -> None:
@@ -93,16 +96,16 @@ async def test_something_else_on_the_port_is_said() -> None:
 
     async with NoGateway() as neuron:
         with pytest.raises(Unreachable, match="status 500"):
-            await GatewayClient(neuron.url, None).get("/health")
+            await GatewayClient(neuron.url, None).get("/health", "nodes")
 
 
 async def test_a_key_goes_along(neuron: FakeNeuron) -> None:
     doors = Entitlements(require_auth=True, keys=(Key("sk-right-key", "me"),))
 
     async with Gateway(gateway_config(neuron, entitlements=doors)) as gateway:
-        assert await GatewayClient(gateway.url, "sk-right-key").get("/version")
+        assert await GatewayClient(gateway.url, "sk-right-key").get("/version", "package_version")
         with pytest.raises(Unreachable, match="a valid key is needed"):
-            await GatewayClient(gateway.url, None).get("/version")
+            await GatewayClient(gateway.url, None).get("/version", "package_version")
 
 
 async def test_the_fleet_is_shown_as_tables() -> None:
@@ -111,12 +114,113 @@ async def test_the_fleet_is_shown_as_tables() -> None:
         async with Gateway(gateway_config(a, b)) as gateway:
             await gateway.poller.first_round()
             client = GatewayClient(gateway.url, None)
-            health, fleet = await client.get("/health"), await client.get("/fleet")
-    console = Console(file=io.StringIO(), width=120)
+            health = await client.get("/health", "nodes")
+            fleet = await client.get("/fleet", "nodes")
 
-    print_fleet(console, health, fleet)
+    text = shown(health, fleet, width=120)
 
-    assert isinstance(console.file, io.StringIO)
-    text = console.file.getvalue()
-    for shown in ("ok: 1 of 2 nodes up", "qwen3-8b", "cpu:0", "loaded", "1000", "broke the"):
-        assert shown in text
+    for words in ("impaired: 1 of 2 nodes up", "qwen3-8b", "cpu:0", "loaded", "1000"):
+        assert words in text
+    assert text.endswith("\nb: cannot be reached (connection refused)\n")
+
+
+def shown(health: dict[str, Any], fleet: dict[str, Any], width: int) -> str:
+    file = io.StringIO()
+    print_fleet(Console(file=file, width=width), health, fleet)
+    return file.getvalue()
+
+
+def a_fleet(model: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Return what /health and /fleet say of one node with *model*."""
+    node = {"name": "a", "healthy": True, "draining": False, "error": None, "load": []}
+    health = {"status": "ok", "nodes": {"healthy": 1, "total": 1}}
+    return health, {"nodes": [{**node, "devices": [], "models": [model]}]}
+
+
+def test_a_long_id_is_shown_whole_on_a_narrow_terminal() -> None:
+    name = "file:/srv/models[1]/" + "x" * 100 + ".gguf"
+    model = {"id": name, "status": "loaded", "servable": {"ok": True}}
+
+    text = shown(*a_fleet(model), width=80)
+
+    column = [line.split("│")[1].strip() for line in text.splitlines() if line.startswith("│")]
+    assert name in "".join(column)
+    assert max(map(len, text.splitlines())) <= 80
+
+
+@pytest.mark.parametrize(
+    ("model", "trouble"),
+    [
+        ({"status": "failed", "failure": "no such file"}, "m on a: no such file"),
+        ({"status": "loaded", "servable": {"ok": False, "reason": "low_memory"}}, "low_memory"),
+        ({"status": "loaded", "servable": {"ok": False, "detail": "3 MB"}}, "m on a: 3 MB"),
+        ({"status": "recovering", "servable": {"ok": False, "reason": "recovering"}}, None),
+    ],
+)
+def test_what_is_wrong_with_a_model_is_said_once(
+    model: dict[str, Any], trouble: str | None
+) -> None:
+    text = shown(*a_fleet({"id": "m", "servable": {"ok": True}, **model}), width=80)
+
+    last = text.splitlines()[-1]
+    assert last.endswith(trouble) if trouble else last.startswith("└")
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["foo", "http://a:1/v1", "ftp://a", "http://", "http://a b", "127.0.0.1:31313"]
+)
+def test_an_endpoint_that_is_none_is_refused(endpoint: str) -> None:
+    with pytest.raises(ConfigError, match="expected http://HOST:PORT, without a path"):
+        GatewayClient(endpoint, None)
+
+
+async def test_a_port_that_cannot_be_is_said() -> None:
+    with pytest.raises(Unreachable, match="--endpoint 'http://a:99999': nobody can be asked"):
+        await GatewayClient("http://a:99999", None).get("/health", "nodes")
+
+
+@pytest.mark.parametrize("key", ["bad\nkey", "bad\rkey", "nul\0", "caf\u00e9", "\udc80"])
+def test_a_key_that_no_header_can_carry_is_refused_without_being_shown(key: str) -> None:
+    with pytest.raises(ConfigError, match="printable ASCII") as caught:
+        GatewayClient("http://a:1", key)
+
+    assert key not in str(caught.value)
+
+
+async def test_a_neuron_is_told_from_a_gateway() -> None:
+    class Neuron(FakeNeuron):
+        async def _health(self, _: web.Request) -> web.Response:
+            return refusal(RouteNotFound("there is no such path"))
+
+    async with Neuron() as neuron:
+        with pytest.raises(Unreachable, match="answers, but it is no cortex gateway"):
+            await GatewayClient(neuron.url, None).get("/health", "nodes")
+
+
+@pytest.mark.parametrize("body", ["<html>", "[]", "{}"])
+async def test_what_answers_something_else_is_no_gateway(body: str) -> None:
+    class Other(FakeNeuron):
+        async def _health(self, _: web.Request) -> web.Response:
+            return web.Response(text=body)
+
+    async with Other() as other:
+        with pytest.raises(Unreachable, match="answers, but it is no cortex gateway"):
+            await GatewayClient(other.url, None).get("/health", "nodes")
+
+
+async def test_an_answer_is_read_to_its_very_end() -> None:
+    class Lingering(FakeNeuron):
+        has_ended = False
+
+        async def _events(self, request: web.Request, body: dict[str, Any]) -> AsyncIterator[str]:
+            async for event in super()._events(request, body):
+                yield event
+            for _ in range(100):  # a client that hangs up at [DONE] is noticed within these
+                await asyncio.sleep(0)
+                yield ": not over yet"
+            self.has_ended = True
+
+    async with Lingering(["m"]) as neuron:
+        pieces = [piece async for piece in GatewayClient(neuron.url, None).answer("m", ASK)]
+
+    assert (pieces, neuron.has_ended) == (["Hello", " world"], True)

@@ -8,15 +8,16 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from cortex.gateway import up as module
 from cortex.gateway.app import CannotListen
 from cortex.gateway.catalogue import BUILT_IN
-from cortex.gateway.config import ConfigError
-from cortex.gateway.serving import INTERRUPTED, serve
+from cortex.gateway.serving import INTERRUPTED, StopSignals, serve
 from cortex.gateway.up import NeuronProcess, Plan, up
+from cortex.ipc.settings import ConfigError
 from fakes import FakeNeuron, gateway_config, until
 
 FAKE = Path(__file__).resolve().parents[1] / "fake_neuron.py"
@@ -229,6 +230,36 @@ async def test_serve_ends_with_a_signal(neuron: FakeNeuron) -> None:
         group.create_task(when(ready.is_set, signal.SIGTERM))
 
     assert status.result() == 0
+
+
+async def test_a_daemon_that_cannot_reload_says_so_and_serves_on(
+    neuron: FakeNeuron, logged: list[dict[str, Any]]
+) -> None:
+    ready = asyncio.Event()
+
+    def is_said() -> bool:
+        return any(entry["event"] == "configuration not reloaded" for entry in logged)
+
+    async with asyncio.TaskGroup() as group:
+        serving = serve(gateway_config(neuron), BUILT_IN, lambda _: ready.set())
+        status = group.create_task(serving)
+        group.create_task(when(ready.is_set, signal.SIGHUP))
+        group.create_task(when(is_said, signal.SIGTERM))
+
+    assert status.result() == 0
+
+
+async def test_it_stops_when_its_terminal_is_closed(terminal: Terminal) -> None:
+    assert await run(terminal.plan(), terminal, signal.SIGHUP) == 0
+
+
+async def test_nohup_is_left_as_it_is() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        StopSignals(is_daemon=False)
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 async def test_serve_is_cut_short_by_a_second_signal(neuron: FakeNeuron) -> None:

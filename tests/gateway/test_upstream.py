@@ -1,11 +1,15 @@
 """What the client library raises becomes ours."""
 
+import errno
+import socket
+
 import aiohttp
 import pytest
+from aiohttp.client_reqrep import ConnectionKey
 
 from cortex.gateway.fleet import Node
 from cortex.gateway.upstream import node_errors
-from cortex.ipc.errors import ApiError
+from cortex.ipc.errors import ApiError, NodeFailed
 
 NODE = Node("a", "http://a")
 
@@ -27,6 +31,23 @@ def test_a_failure_names_the_node_and_keeps_its_cause(raised: Exception, code: s
         raise raised
 
     assert (caught.value.code, caught.value.__cause__) == (code, raised)
+
+
+@pytest.mark.parametrize(
+    ("error", "reason"),
+    [
+        (OSError(errno.ECONNREFUSED, "Connect call failed ('10.0.0.1', 1)"), "connection refused"),
+        (socket.gaierror(-2, "Name or service not known"), "name or service not known"),
+        (OSError("Multiple exceptions"), "multiple exceptions"),
+    ],
+)
+def test_a_node_that_is_not_there_did_not_break_anything(error: OSError, reason: str) -> None:
+    key = ConnectionKey("a", 1, False, True, None, None, None)
+
+    with pytest.raises(NodeFailed) as caught, node_errors(NODE):
+        raise aiohttp.ClientConnectorError(key, error)
+
+    assert str(caught.value) == f"node a cannot be reached ({reason})"
 
 
 def test_a_bug_stays_a_bug() -> None:

@@ -71,13 +71,13 @@ def test_a_parameter_nobody_knows_is_refused_by_name() -> None:
         chat(temprature=0.5)
 
 
-@pytest.mark.parametrize("name", sorted(openai.NEUTRAL))
+@pytest.mark.parametrize("name", sorted(openai.PARAMETERS.neutral))
 def test_a_neutral_value_asks_for_nothing(name: str) -> None:
-    for value in openai.NEUTRAL[name]:
+    for value in openai.PARAMETERS.neutral[name]:
         chat(**{name: value})
 
 
-@pytest.mark.parametrize("name", sorted(openai.WITHOUT_EFFECT))
+@pytest.mark.parametrize("name", sorted(openai.PARAMETERS.without_effect))
 def test_a_parameter_without_effect_is_accepted(name: str) -> None:
     chat(**{name: "anything"})
 

@@ -62,13 +62,22 @@ async def test_silence_is_noticed_and_nothing_is_lost_by_it() -> None:
     gate = asyncio.Event()
     seen: list[int | None] = []
 
-    async for batch in batches_and_silences(Gated([1, gate, 2]), silence_seconds=0.001):
+    async for batch in batches_and_silences(Gated([1, gate, 2]), lambda: 0.001):
         seen.append(batch)
         if batch is None:
             gate.set()
 
     assert [batch for batch in seen if batch is not None] == [1, 2]
     assert None in seen
+
+
+async def test_batches_that_send_nothing_do_not_put_off_the_next_sign_of_life() -> None:
+    never = asyncio.Event()
+    left = iter([60.0, 60.0, 0.0])  # seconds until one is due, as the batches come
+
+    seen = batches_and_silences(Gated([1, 2, never]), lambda: next(left))
+
+    assert [await anext(seen) for _ in range(3)] == [1, 2, None]
 
 
 class Gated(AsyncIterator[int]):

@@ -54,8 +54,8 @@ def test_options_become_the_configuration(served: list[NeuronConfig]) -> None:
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
-        (["--config", "/nonexistent.toml"], "/nonexistent.toml cannot be read"),
-        (["--listen", "here"], "is not HOST:PORT"),
+        (["--config", "/nonexistent.toml"], "cannot read /nonexistent.toml"),
+        (["--listen", "here"], "the command line: listen: expected HOST:PORT"),
         (["--devices", "tpu:0"], "devices[0].name"),
         (["--log-level", "loud"], "log_level"),
     ],

@@ -12,7 +12,7 @@ from blockbuster import blockbuster_ctx
 from structlog.testing import capture_logs
 
 from cortex.ipc.errors import NodeFailed
-from cortex.ipc.node_api import EMBEDDED_MODEL, LoadRequest
+from cortex.ipc.node_api import EMBEDDED_MODEL, LoadRequest, SamplingDefaults
 from cortex.ipc.ring import Flag
 from cortex.runtime.config import AdmissionConfig, CacheConfig, NeuronConfig
 from cortex.runtime.inference import Timing
@@ -177,6 +177,15 @@ async def test_a_text_completion_takes_token_ids_as_they_are() -> None:
     assert body["choices"][0]["text"] == "Paris."
 
 
+async def test_a_token_the_vocabulary_has_not_is_refused_before_a_stream_opens() -> None:
+    node = FakeNode("m")
+
+    status, body = await asked(node, TEXT, text(prompt=[5, 1 << 30], stream=True))
+
+    assert (status, body["error"]["param"]) == (400, "prompt")
+    assert node.asked == []
+
+
 @pytest.mark.parametrize("prompt", ["", []])
 async def test_an_empty_prompt_is_refused(prompt: Any) -> None:
     status, body = await asked(FakeNode("m"), TEXT, text(prompt=prompt))
@@ -194,6 +203,18 @@ async def test_a_stop_string_ends_the_answer_before_it_and_the_generation() -> N
     assert body["choices"][0]["finish_reason"] == "stop"
     assert body["choices"][0]["stop_reason"] == "Two"
     assert node.generations[0].cancelled.is_set()
+
+
+async def test_usage_ends_with_the_stop_string_however_the_tokens_arrive() -> None:
+    one_by_one, at_once = FakeNode("m"), FakeNode("m")
+    one_by_one.script = says("One. Two. Three.")
+    at_once.script = [[token for batch in says("One. Two. Three.") for token in batch]]
+
+    usages = [
+        (await asked(node, CHAT, chat(stop="Two")))[1]["usage"] for node in (one_by_one, at_once)
+    ]
+
+    assert usages[0] == usages[1]
 
 
 async def test_a_stop_string_is_never_half_sent() -> None:
@@ -249,7 +270,7 @@ async def test_the_embedded_model_answers_greedily_unless_told_otherwise() -> No
 
 async def test_the_operators_sampling_fills_what_the_request_leaves_out() -> None:
     node = FakeNode("m")
-    node.models["m"].request = LoadRequest("m", sampling={"temperature": 0.1, "top_k": 3})
+    node.models["m"].request = LoadRequest("m", sampling=SamplingDefaults(temperature=0.1, top_k=3))
 
     await asked(node, CHAT, chat(top_k=9))
 
@@ -310,6 +331,17 @@ async def test_a_bad_request_is_400_with_its_code(body: dict[str, Any], code: st
 async def test_a_body_that_is_not_json_is_400() -> None:
     async with serving(FakeNode("m")) as client, client.post(CHAT, data=b"{") as response:
         assert (await response.json())["error"]["code"] == "malformed_json"
+
+
+async def test_a_body_that_cannot_be_decompressed_is_400() -> None:
+    headers = {"Content-Encoding": "gzip"}
+    async with (
+        serving(FakeNode("m")) as client,
+        client.post(CHAT, data=b"no gzip", headers=headers) as response,
+    ):
+        body = await response.json()
+
+    assert (response.status, body["error"]["code"]) == (400, "invalid_request")
 
 
 async def test_a_model_that_is_not_loaded_is_404_and_names_the_way() -> None:
@@ -508,3 +540,23 @@ async def test_a_neuron_that_drains_takes_nothing_new_and_finishes_what_runs() -
             may_finish.set()
             assert (await running.text()).endswith("data: [DONE]\n\n")
         await asyncio.wait_for(services.inference.idle(), 5)
+
+
+async def test_a_body_still_on_its_way_keeps_no_drain_waiting() -> None:
+    reached, may_go_on = asyncio.Event(), asyncio.Event()
+
+    async def body() -> AsyncIterator[bytes]:
+        reached.set()  # the server has said 100 Continue, so its handler reads
+        await may_go_on.wait()
+        yield msgspec.json.encode(chat())
+
+    async with serving(FakeNode("m")) as client, asyncio.TaskGroup() as tasks:
+        posting = tasks.create_task(client.post(CHAT, data=body(), expect100=True))
+        await reached.wait()
+        inference = client.server.app[SERVICES].inference  # type: ignore[attr-defined] # as above
+        inference.refuse_new()
+        async with asyncio.timeout(5):
+            await inference.idle()
+        may_go_on.set()
+
+    assert posting.result().status == 503

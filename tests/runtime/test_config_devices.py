@@ -2,7 +2,8 @@
 
 import pytest
 
-from cortex.runtime.config import ConfigError, DeviceConfig, DeviceSpec, NeuronConfig
+from cortex.ipc.settings import ConfigError
+from cortex.runtime.config import DeviceConfig, DeviceSpec, NeuronConfig
 from cortex.runtime.device_budget import resolve_devices
 from cortex.runtime.discovery import Gpu, Inventory
 from cortex.runtime.host import Host

@@ -169,6 +169,14 @@ async def test_tokens_written_before_a_failed_arrive_before_it(wire: Wire) -> No
         await anext(generation)
 
 
+async def test_a_hello_that_its_process_did_not_outlive_greets_nobody(wire: Wire) -> None:
+    wire.end.send(hello())
+    wire.child.kill()
+
+    assert "was killed by SIGKILL" in await wire.over
+    assert wire.greeted == []
+
+
 async def test_what_it_says_last_is_the_reason(wire: Wire) -> None:
     await greet(wire)
     wire.end.send(Failed("device_lost", "an Xid", fatal=True))

@@ -2,7 +2,6 @@
 
 import asyncio
 import os
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,7 +16,7 @@ from cortex.runtime.health import Report
 from cortex.runtime.readings import Readings
 from cortex.runtime.served_model import Limits
 from cortex.runtime.traffic import Rates, Traffics
-from cortex.runtime.version import Build, git_sha
+from cortex.runtime.version import Build
 from fake_node import FakeDevice, FakeModel, FakeNode, FakeProbe, says, serving
 from fakes import until
 
@@ -256,27 +255,6 @@ async def test_a_model_that_cannot_be_loaded_does_not_keep_the_others() -> None:
 
 def test_nothing_to_load_is_ready_at_once() -> None:
     assert Activation([]).state.state == "ready"
-
-
-@pytest.mark.parametrize(
-    ("files", "sha"),
-    [
-        ({"HEAD": "ref: refs/heads/main\n", "refs/heads/main": "abc123\n"}, "abc123"),
-        ({"HEAD": "ref: refs/heads/main\n", "packed-refs": "fed987 refs/heads/main\n"}, "fed987"),
-        ({"HEAD": "abc123\n"}, "abc123"),
-        ({"HEAD": "ref: refs/heads/main\n"}, "unknown"),
-        ({}, "unknown"),
-    ],
-)
-def test_the_commit_is_read_from_the_checkout(
-    tmp_path: Path, files: dict[str, str], sha: str
-) -> None:
-    for name, text in files.items():
-        path = tmp_path / ".git" / name
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(text)
-
-    assert git_sha(tmp_path) == sha
 
 
 def test_before_a_device_process_spoke_the_installed_torch_is_named() -> None:

@@ -203,6 +203,8 @@ async def test_the_kind_of_an_unloadable_model_is_for_machines() -> None:
     [
         ({"model_id": MODEL, "kv_cache_mb": 0}, "kv_cache_mb"),
         ({"model_id": MODEL, "gpu_layers": 3}, None),
+        ({"model_id": MODEL, "sampling": {"warmth": 1}}, "sampling"),
+        ({"model_id": MODEL, "sampling": {"top_p": 7}}, "sampling.top_p"),
         ({}, None),
     ],
 )

@@ -101,6 +101,17 @@ async def test_a_request_that_takes_too_long_ends_with_an_error(neuron: Neuron) 
         await anext(generation)
 
 
+async def test_who_waits_for_a_load_is_told_when_the_drain_ends(neuron: Neuron) -> None:
+    neuron.files.may_fetch.clear()
+    await neuron.supervisor.load(LoadRequest(A))
+    async with asyncio.TaskGroup() as tasks:
+        waiting = tasks.create_task(error_of(neuron.supervisor.loaded(A)))
+        await neuron.reaches(A, State.DOWNLOADING)
+        await neuron.supervisor.drain(0.0)
+
+    assert isinstance(waiting.result(), ShuttingDown)
+
+
 async def test_nothing_new_is_taken_while_draining(neuron: Neuron) -> None:
     await neuron.loads(A)
     await neuron.supervisor.drain(1.0)

@@ -58,6 +58,17 @@ async def test_the_models_of_a_lost_device_come_back_as_they_were(neuron: Neuron
     assert neuron.files.fetching == [A]
 
 
+async def test_a_download_does_not_keep_a_lost_model_from_coming_back(neuron: Neuron) -> None:
+    await neuron.loads(A)
+    neuron.files.may_fetch.clear()
+    await neuron.supervisor.load(LoadRequest(B, devices=[0]))
+    await neuron.reaches(B, State.DOWNLOADING)
+    await neuron.dies()
+
+    await neuron.reaches(A, State.LOADED)
+    assert neuron.supervisor.models[B].state is State.DOWNLOADING
+
+
 async def test_a_recovering_model_asks_for_patience(neuron: Neuron) -> None:
     model = await neuron.loads(A)
     neuron.lives.silent_on = {LoadModel}

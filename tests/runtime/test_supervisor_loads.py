@@ -6,7 +6,6 @@ import pytest
 
 from cortex.ipc.errors import (
     InternalError,
-    InvalidRequest,
     LoadedDifferently,
     ModelNotFound,
     Unloadable,
@@ -94,11 +93,6 @@ async def test_what_cannot_work_is_refused_at_once(
 
     assert refused.value.kind == kind
     assert supervisor.models == {}
-
-
-async def test_sampling_that_does_not_exist_is_refused_at_once(supervisor: Supervisor) -> None:
-    with pytest.raises(InvalidRequest):
-        await supervisor.load(LoadRequest(A, sampling={"warmth": 1}))
 
 
 async def test_loads_on_one_device_take_turns(neuron: Neuron) -> None:

@@ -3,6 +3,8 @@
 import json
 import subprocess
 import sys
+import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -289,3 +291,23 @@ def test_defaults_that_make_no_sense_are_refused(directory: Path, config: dict[s
 
     with pytest.raises(Unloadable, match=f"generation_config.json: {next(iter(config))} is"):
         TextSide.from_checkpoint(directory)
+
+
+def test_a_long_prompt_leaves_the_interpreter_to_others_while_it_is_tokenised(
+    tmp_path: Path,
+) -> None:
+    side, text = gguf_side(tmp_path), "a long prompt " * 100_000
+    ended: list[float] = []
+    others: list[float] = []
+
+    def tokenise() -> None:
+        side.text_prompt(text)
+        ended.append(time.monotonic())
+
+    thread = threading.Thread(target=tokenise)
+    thread.start()
+    while thread.is_alive():
+        others.append(time.monotonic())
+        time.sleep(0.001)
+
+    assert sum(at < ended[0] for at in others) > 10  # 1 or 2 where the library keeps the lock

@@ -294,10 +294,10 @@ def test_another_python_is_taken_where_the_first_is_too_old(checkout: Checkout) 
     assert (ended.returncode, ended.stdout.strip()) == (0, str(right))
 
 
-def test_no_python_at_all_is_said(checkout: Checkout) -> None:
+def test_a_python_that_is_not_there_is_said(checkout: Checkout) -> None:
     ended = checkout.install(PYTHON="/nonexistent/python3")
 
-    assert "found none." in the_sentence(ended)
+    assert "/nonexistent/python3, which does not exist" in the_sentence(ended)
 
 
 def test_a_python_without_venv_is_said_with_its_cure(checkout: Checkout) -> None:

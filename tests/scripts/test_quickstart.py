@@ -245,7 +245,29 @@ def test_a_stack_that_ends_later_is_said(clone: Clone) -> None:
         _, errors = process.communicate(timeout=30)
 
     assert process.returncode == 1
-    assert "cortex up ended with status -9: it said nothing; log: " in errors
+    assert "cortex up was killed by signal 9; log: " in errors
+
+
+def test_a_stack_that_says_why_it_stopped_is_quoted(clone: Clone) -> None:
+    with clone.start(FAKE_CORTEX="loses-its-neuron") as process:
+        read_until(process, "Ctrl-C stops it")
+        os.kill(int((clone.root / "pid").read_text()), signal.SIGUSR1)
+        _, errors = process.communicate(timeout=30)
+
+    assert "ended with status 1: the neuron has ended with signal 9; what it said is" in errors
+
+
+def test_a_machine_without_a_compiler_is_told_what_it_lacks(clone: Clone) -> None:
+    _, output, _ = clone.run("--exit", FAKE_CORTEX="is-slow")
+
+    assert "quickstart: CPU kernels are not available, plain torch serves" in output
+
+
+def test_each_stack_writes_a_log_of_its_own(clone: Clone) -> None:
+    clone.run("--exit")
+    clone.run("--exit")
+
+    assert len(list((clone.root / ".cache").glob("quickstart-*.log"))) == 2
 
 
 def test_the_help_needs_no_installation(clone: Clone) -> None:

@@ -1,0 +1,86 @@
+"""A request's body, read strictly in every dialect: what is accepted is honoured.
+
+``decode_object`` and ``model_of`` find what routing needs, ``Parameters`` refuses by its name what
+would be ignored, ``typed`` by its place what is of the wrong type or size.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import msgspec
+
+from cortex.ipc.errors import (
+    InvalidRequest,
+    MalformedJson,
+    MissingModelField,
+    UnsupportedParameter,
+)
+from cortex.ipc.validation import words_and_place
+
+S = TypeVar("S", bound=msgspec.Struct)
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """What a dialect knows of beyond what this version honours, and its words for a refusal."""
+
+    without_effect: frozenset[str]
+    """Cannot change the tokens of an answer; accepted with any value."""
+    neutral: Mapping[str, tuple[Any, ...]]
+    """Known and not honoured; the values are those that ask for nothing."""
+    unknown: str
+    unsupported: str
+    """Both with ``{name}``."""
+
+    def refuse_unsupported(self, raw: dict[str, Any], honoured: frozenset[str]) -> None:
+        """Raise UnsupportedParameter for the first field of *raw* that would be ignored."""
+        for name, value in raw.items():
+            if name in honoured or name in self.without_effect:
+                continue
+            if name not in self.neutral:
+                raise UnsupportedParameter(self.unknown.format(name=name), param=name)
+            if not any(_is_same(value, neutral) for neutral in self.neutral[name]):
+                raise UnsupportedParameter(self.unsupported.format(name=name), param=name)
+
+
+def decode_object(body: bytes) -> dict[str, Any]:
+    """Return the JSON object in *body*; raise MalformedJson or InvalidRequest."""
+    try:
+        raw = msgspec.json.decode(body)
+    except (msgspec.DecodeError, UnicodeDecodeError) as exc:
+        raise MalformedJson(f"the body is not JSON: {exc}") from exc
+    except RecursionError as exc:
+        raise MalformedJson("the body is nested too deeply") from exc
+    if not isinstance(raw, dict):
+        raise InvalidRequest("the body must be a JSON object")
+    return raw
+
+
+def model_of(raw: dict[str, Any]) -> str:
+    """Return the model that a request names; raise MissingModelField."""
+    model = raw.get("model")
+    if not isinstance(model, str) or not model:
+        raise MissingModelField("the body must name a model: a non-empty string", param="model")
+    return model
+
+
+def typed(raw: dict[str, Any], shape: type[S]) -> S:
+    """Return *raw* as a *shape*; raise InvalidRequest with the place."""
+    try:
+        return msgspec.convert(raw, shape)
+    except msgspec.ValidationError as exc:
+        words, place = words_and_place(exc)
+        raise InvalidRequest(f"{place}: {words}" if place else words, param=place or None) from exc
+
+
+def decode_body(body: bytes, shape: type[S]) -> S:
+    """Return *body* as a *shape*; raise MalformedJson, or InvalidRequest with the place."""
+    return typed(decode_object(body), shape)
+
+
+def _is_same(value: Any, other: Any) -> bool:
+    """Return whether they are one value of JSON, where 1 is not true."""
+    return bool(value == other) and type(value) is type(other)

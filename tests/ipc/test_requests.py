@@ -1,0 +1,61 @@
+"""What every dialect shares in reading a body; test_openai.py has what requests are made of."""
+
+import msgspec
+import pytest
+
+from cortex.ipc.errors import InvalidRequest, MalformedJson, UnsupportedParameter
+from cortex.ipc.requests import Parameters, decode_body
+
+PARAMETERS = Parameters(
+    without_effect=frozenset({"user"}),
+    neutral={"tools": (None, [])},
+    unknown="{name}: who?",
+    unsupported="{name}: not here",
+)
+
+
+class Turn(msgspec.Struct):
+    """Somebody speaks."""
+
+    role: str
+
+
+class Ask(msgspec.Struct, forbid_unknown_fields=True):
+    """A request."""
+
+    turns: list[Turn] = []
+
+
+@pytest.mark.parametrize(
+    ("raw", "said"),
+    [({"tools": [1]}, "tools: not here"), ({"{tools}": []}, "{tools}: who?")],
+)
+def test_a_dialect_refuses_in_its_own_words(raw: dict[str, object], said: str) -> None:
+    with pytest.raises(UnsupportedParameter) as refusal:
+        PARAMETERS.refuse_unsupported(raw, frozenset())
+
+    assert (str(refusal.value), refusal.value.param) == (said, next(iter(raw)))
+
+
+def test_what_is_honoured_neutral_or_without_effect_passes() -> None:
+    PARAMETERS.refuse_unsupported({"model": 1, "tools": [], "user": 3}, frozenset({"model"}))
+
+
+def test_the_place_is_in_the_words_and_beside_them() -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        decode_body(b'{"turns": [{"role": 3}]}', Ask)
+
+    assert str(refusal.value) == "turns[0].role: Expected `str`, got `int`"
+    assert refusal.value.param == "turns[0].role"
+
+
+def test_what_is_wrong_with_the_whole_has_no_place() -> None:
+    with pytest.raises(InvalidRequest, match="unknown field `x`") as refusal:
+        decode_body(b'{"x": 1}', Ask)
+
+    assert refusal.value.param is None
+
+
+def test_a_body_that_is_not_json_is_malformed() -> None:
+    with pytest.raises(MalformedJson):
+        decode_body(b"{", Ask)
