@@ -38,6 +38,7 @@ STALL_SECONDS = 300.0
 STOP_SECONDS = 150.0  # each daemon gives running requests 60, one after the other
 POLL_SECONDS = 0.1
 PR_SET_PDEATHSIG = 1
+PHASES = {"downloading": "downloading and unpacking"}
 STOPPED = "cortex up stopped: "
 SLOW = "CPU kernels are not available"
 
@@ -234,7 +235,7 @@ class ProgressLine:
             return
         self._last = news
         amount = f" {done / 1e6:.0f} of {total / 1e6:.0f} MB" if total else ""
-        text = f"quickstart: {phase} {MODEL}{amount}"
+        text = f"quickstart: {PHASES.get(phase, phase)} {MODEL}{amount}"
         print(f"\r{text:<78}" if self._on_terminal else f"{text}\n", end="", flush=True)
 
     def end(self) -> None:

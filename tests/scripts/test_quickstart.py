@@ -118,7 +118,7 @@ def test_each_answer_is_timed(clone: Clone) -> None:
 def test_the_progress_of_the_load_is_shown(clone: Clone) -> None:
     _, output, _ = clone.run("--exit")
 
-    assert "downloading smollm2-135m-instruct" in output
+    assert "downloading and unpacking smollm2-135m-instruct" in output
 
 
 def test_exit_leaves_nothing_running(clone: Clone) -> None:
