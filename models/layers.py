@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
+
 import torch
 from torch import Tensor, nn
 
+from cortex.models.batch import Batch
 from cortex.models.kernels import ops
 from cortex.models.linear import ColumnParallel, RowParallel
+
+
+class Decoder(nn.Module, ABC):
+    """What every architecture is to those who use it."""
+
+    @abstractmethod
+    def forward(self, batch: Batch) -> Tensor:
+        """Return the logits [R, V], float32, of the tokens named by ``batch.sampled``."""
+
+    @abstractmethod
+    def hidden(self, batch: Batch) -> Tensor:
+        """Return what the head would see of every token, [T, H] float32: embeddings pool it."""
 
 
 class RMSNorm(nn.Module):
     """x / rms(x) * weight over the last dimension (Zhang and Sennrich, arXiv:1910.07467)."""
 
-    weight: Tensor  # [H] float32, whatever the activations are
+    weight: Tensor  # [size] float32, whatever the activations are; empty until it is loaded
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
+        self.size = size
         self.eps = eps
-        self.register_buffer("weight", torch.empty(size, dtype=torch.float32))
+        self.register_buffer("weight", torch.empty(0))
 
     def forward(self, x: Tensor) -> Tensor:
-        """[T, H] -> [T, H]."""
+        """[T, H] -> [T, H], or each head by itself, [T, heads, D] -> [T, heads, D]."""
         return ops.rms_norm(x, self.weight, self.eps)
 
 
@@ -29,12 +45,17 @@ def add(x: Tensor, y: Tensor) -> Tensor:
     return ops.add(x, y)
 
 
+def take(x: Tensor, ids: Tensor) -> Tensor:
+    """Return rows *ids* [R] of x [T, H] -> [R, H]."""
+    return ops.take(x, ids)
+
+
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)) (Shazeer, arXiv:2002.05202)."""
 
     def __init__(self, hidden_size: int, intermediate_size: int) -> None:
         super().__init__()
-        self.gate_up_proj = ColumnParallel(hidden_size, 2 * intermediate_size)
+        self.gate_up_proj = ColumnParallel(hidden_size, intermediate_size, intermediate_size)
         self.down_proj = RowParallel(intermediate_size, hidden_size)
 
     def forward(self, x: Tensor) -> Tensor:

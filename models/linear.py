@@ -14,15 +14,19 @@ from cortex.models.quantization import Matrix
 
 
 class Projection(nn.Module):
-    """y = x W^T, without a bias."""
+    """y = x W^T or, with a bias, x W^T + b; projections of the same x may be stacked into one."""
 
-    def __init__(self, in_features: int, out_features: int) -> None:
+    bias: Tensor | None  # [out] float32, whatever the activations are; empty until it is loaded
+
+    def __init__(self, in_features: int, *out_features: int, has_bias: bool = False) -> None:
         super().__init__()
         self.weight = Matrix(out_features, in_features)
+        self.register_buffer("bias", torch.empty(0) if has_bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
         """[M, in] -> [M, out]."""
-        return ops.linear(x, self.weight.parts)
+        y = ops.linear(x, self.weight.parts)
+        return y if self.bias is None else ops.add_bias(y, self.bias)
 
 
 class ColumnParallel(Projection):
@@ -38,7 +42,7 @@ class Embedding(nn.Module):
 
     def __init__(self, rows: int, size: int, dtype: torch.dtype) -> None:
         super().__init__()
-        self.weight = Matrix(rows, size)
+        self.weight = Matrix((rows,), size)
         self.dtype = dtype
 
     def forward(self, token_ids: Tensor) -> Tensor:

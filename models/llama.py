@@ -1,7 +1,7 @@
 """Llama (Touvron et al., arXiv:2302.13971), with grouped queries (Llama 2, arXiv:2307.09288).
 
-A pre-norm transformer with rotary positions and no bias anywhere. SmolLM2 and the first Mistral
-have the same shape.
+A pre-norm transformer with rotary positions and no bias anywhere. SmolLM2 and Mistral without its
+sliding window are the same model.
 
     h = x + Attention(RMSNorm(x))
     y = h + SwiGLU(RMSNorm(h))
@@ -15,7 +15,6 @@ checkpoint without its leading ``model.``, so loading needs no table beyond ``FU
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -25,7 +24,8 @@ from torch import Tensor, nn
 
 from cortex.models.attention import PagedAttention
 from cortex.models.batch import Batch
-from cortex.models.layers import RMSNorm, SwiGLU, add
+from cortex.models.config_values import flag, positive, refuse_other, rope_theta, sizes
+from cortex.models.layers import Decoder, RMSNorm, SwiGLU, add, take
 from cortex.models.linear import ColumnParallel, Embedding, RowParallel
 from cortex.models.rope import Rotary, Rotation, rotate
 
@@ -48,20 +48,13 @@ ONLY = {
 }
 """Keys of config.json that make another model of it, and the values implemented here."""
 
-DEFAULTS = {"hidden_act": "silu", "tie_word_embeddings": False, "rms_norm_eps": 1e-6}
+DEFAULTS = {
+    "model_type": "llama",
+    "hidden_act": "silu",
+    "tie_word_embeddings": False,
+    "rms_norm_eps": 1e-6,
+}
 """What transformers takes where config.json is silent."""
-
-SIZES = (
-    "hidden_size",
-    "intermediate_size",
-    "num_hidden_layers",
-    "num_attention_heads",
-    "num_key_value_heads",
-    "head_dim",
-    "vocab_size",
-    "max_position_embeddings",
-)
-MAX_SIZE = 1 << 24  # no dimension of a real model is near; a damaged header's may be beyond
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,51 +77,16 @@ class LlamaConfig:
     def from_json(cls, raw: Mapping[str, Any]) -> LlamaConfig:
         """Read config.json; raise ValueError for a variant this file does not implement."""
         raw = {**DEFAULTS, **raw}
-        for name, values in ONLY.items():
-            if raw.get(name) not in values:
-                raise ValueError(f"llama with {name} = {raw[name]!r} is not supported")
-        if raw.get("num_key_value_heads") is None:
-            raw["num_key_value_heads"] = raw.get("num_attention_heads")
-        if raw.get("head_dim") is None:
-            raw["head_dim"] = _size(raw, "hidden_size") // _size(raw, "num_attention_heads")
-        config = cls(
-            **{name: _size(raw, name) for name in SIZES},
-            rms_norm_eps=float(raw["rms_norm_eps"]),
-            rope_theta=_rope_theta(raw),
-            tie_word_embeddings=bool(raw["tie_word_embeddings"]),
+        refuse_other(raw, ONLY)
+        return cls(
+            **sizes(raw),
+            rms_norm_eps=positive(raw, "rms_norm_eps"),
+            rope_theta=rope_theta(raw),
+            tie_word_embeddings=flag(raw, "tie_word_embeddings"),
         )
-        if config.num_attention_heads % config.num_key_value_heads:
-            raise ValueError(
-                f"{config.num_attention_heads} query heads do not divide among "
-                f"{config.num_key_value_heads} key-value heads"
-            )
-        if config.head_dim % 2:
-            raise ValueError(f"head_dim {config.head_dim} is odd: rotary positions need pairs")
-        return config
 
 
-def _size(raw: Mapping[str, Any], name: str) -> int:
-    value = raw.get(name)
-    if type(value) is not int or not 0 < value <= MAX_SIZE:
-        raise ValueError(f"config.json's {name} is {value!r}, which is no size of a model")
-    return value
-
-
-def _rope_theta(raw: Mapping[str, Any]) -> float:
-    """Read the base frequency as transformers 5 (``rope_parameters``) or 4 writes it."""
-    rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-    if not isinstance(rope, Mapping):
-        raise ValueError(f"the rotary positions {rope!r} are no object")  # noqa: TRY004 - see from_json
-    kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind != "default" or rope.get("partial_rotary_factor", 1.0) != 1.0:
-        raise ValueError(f"llama with the rotary positions {dict(rope)} is not supported")
-    theta = float(rope.get("rope_theta", raw.get("rope_theta") or 10000.0))
-    if not 0 < theta < math.inf:
-        raise ValueError(f"rope_theta is {theta}")
-    return theta
-
-
-class Llama(nn.Module):
+class Llama(Decoder):
     """Token ids in, logits of the tokens we sample from out."""
 
     def __init__(self, config: LlamaConfig, dtype: torch.dtype) -> None:
@@ -143,11 +101,19 @@ class Llama(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Return the logits [R, V], float32, of the tokens named by ``batch.sampled``."""
+        return self.lm_head(self.norm(take(self._blocks(batch), batch.sampled))).float()
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Return what the head would see of every token, [T, H] float32: embeddings pool it."""
+        return self.norm(self._blocks(batch)).float()
+
+    def _blocks(self, batch: Batch) -> Tensor:
+        """Return the residual stream [T, H] behind the last block."""
         x = self.embed_tokens(batch.token_ids)  # [T, H]
         rotation = self.rotary(batch.positions)
         for layer in self.layers:
             x = layer(x, rotation, batch)
-        return self.lm_head(self.norm(x[batch.sampled])).float()
+        return x
 
 
 class Layer(nn.Module):
@@ -173,7 +139,8 @@ class Attention(nn.Module):
         super().__init__()
         self.n, self.k = config.num_attention_heads, config.num_key_value_heads
         self.d = config.head_dim
-        self.qkv_proj = ColumnParallel(config.hidden_size, (self.n + 2 * self.k) * self.d)
+        rows = (self.n * self.d, self.k * self.d, self.k * self.d)
+        self.qkv_proj = ColumnParallel(config.hidden_size, *rows)
         self.o_proj = RowParallel(self.n * self.d, config.hidden_size)
         self.attend = PagedAttention(layer=index, scale=self.d**-0.5)
 

@@ -1,13 +1,16 @@
 """Matrices that stay in memory as their checkpoint stores them.
 
-A row is a run of blocks of 32 elements that share a scale d and, in Q4_1, a minimum m, both
-float16; the first 16 elements of a block are the low halves of its bytes, the others the high
-halves (ggml-common.h of ggml-org/llama.cpp; dequantize_row_q4_0 and its neighbours):
+A row is a run of blocks of 32 elements that share a scale d and, in Q4_1 and Q5_1, a minimum m,
+both float16; the first 16 elements of a block are the low halves of its bytes, the others the high
+halves, and bit i of h is the fifth of element i (ggml-common.h of ggml-org/llama.cpp;
+dequantize_row_q4_0 and its neighbours):
 
-    type  bytes of a block          element
-    Q4_0  d, 16 bytes of nibbles    (q - 8) * d
-    Q4_1  d, m, 16 bytes of nibbles q * d + m
-    Q8_0  d, 32 signed bytes        q * d
+    type  bytes of a block                          element
+    Q4_0  d, 16 bytes of nibbles                    (q - 8) * d
+    Q4_1  d, m, 16 bytes of nibbles                 q * d + m
+    Q5_0  d, h of 4 bytes, 16 bytes of nibbles      (q - 16) * d
+    Q5_1  d, m, h of 4 bytes, 16 bytes of nibbles   q * d + m
+    Q8_0  d, 32 signed bytes                        q * d
 
 F32, F16 and BF16 are rows of such elements. Blocks never cross rows, so rows can be stacked,
 reordered and looked up without unpacking.
@@ -37,30 +40,48 @@ def row_bytes(kind: str, columns: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Rows of one stored type: *data* is uint8 [rows, bytes of a row]."""
+    """Rows of one stored type: *data* is uint8 [rows, bytes of a row].
+
+    Where ``tiled_rows`` is given, *data* are that many rows in the tiles of quantized_linear.c,
+    padded to whole ones.
+    """
 
     kind: str
     data: Tensor
+    tiled_rows: int | None = None
+
+    @property
+    def is_tiled(self) -> bool:
+        """Whether its blocks lie in tiles."""
+        return self.tiled_rows is not None
 
     @property
     def rows(self) -> int:
         """How many rows of the matrix this part holds."""
-        return self.data.size(0)
+        return self.data.size(0) if self.tiled_rows is None else self.tiled_rows
+
+    @property
+    def columns(self) -> int:
+        """Elements of a row."""
+        stored = STORED[self.kind]
+        return self.data.size(1) // stored.block_bytes * stored.block_elements
 
     def to(self, device: torch.device) -> Part:
         """Return the part on *device*, which may be this one."""
-        return Part(self.kind, self.data.to(device))
+        return Part(self.kind, self.data.to(device), self.tiled_rows)
 
 
 class Matrix(nn.Module):
     """A weight [rows, columns], in one part per stored type, stacked along the rows.
 
-    Empty until ``fill``; a matrix used in two places (tied embeddings) is one object.
+    *stacked* are the rows of each matrix it is made of. Empty until ``fill``; a matrix used in two
+    places (tied embeddings) is one object.
     """
 
-    def __init__(self, rows: int, columns: int) -> None:
+    def __init__(self, stacked: tuple[int, ...], columns: int) -> None:
         super().__init__()
-        self.rows = rows
+        self.stacked = stacked
+        self.rows = sum(stacked)
         self.columns = columns
         self.parts: tuple[Part, ...] = ()
 
@@ -77,5 +98,5 @@ class Matrix(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:  # noqa: ARG002 - torch passes it
         """Follow ``module.to(device)``; to torch the rows are bytes, so no dtype changes them."""
-        self.parts = tuple(Part(part.kind, fn(part.data)) for part in self.parts)
+        self.parts = tuple(Part(part.kind, fn(part.data), part.tiled_rows) for part in self.parts)
         return self

@@ -1,32 +1,36 @@
 """Checkpoint tensors into modules, streamed.
 
 The model is built empty; each of its matrices then names the tensors it is stacked from, and their
-bytes are read from the file straight into the place they stay. Reading beats mapping here: the
+bytes are read from their file straight into the place they stay. Reading beats mapping here: a
 file may be replaced or go away while the model serves, a damaged one is an error and not a SIGBUS,
-and every page is in memory before the first request. Every tensor of the file must be used and
-every matrix filled, so a checkpoint of another shape cannot load by accident.
+and every page is in memory before the first request. Every tensor of the checkpoint must be used
+and every matrix filled, so a checkpoint of another shape cannot load by accident.
 """
 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import torch
 from torch import Tensor, nn
 
-from cortex.models.batch import KVCache
+from cortex.models.batch import Batch, KVCache
 from cortex.models.checkpoints.checkpoint import Checkpoint
-from cortex.models.checkpoints.errors import CheckpointError, naming
+from cortex.models.checkpoints.errors import CheckpointError, listed, naming, shown
+from cortex.models.checkpoints.files import open_file
 from cortex.models.checkpoints.names import is_derived, parameter_name
 from cortex.models.checkpoints.tensors import TensorInfo
 from cortex.models.kernels import cpu
-from cortex.models.layers import RMSNorm
+from cortex.models.kernels.program import Program
+from cortex.models.layers import Decoder, RMSNorm
+from cortex.models.linear import Projection
 from cortex.models.quantization import DENSE, DENSE_NAMES, Matrix, Part, row_bytes
 from cortex.models.registry import ARCHITECTURES, Architecture
 
@@ -41,8 +45,9 @@ Progress = Callable[[int, int], None]
 class LoadedModel:
     """A model on its device, and what the engine must know to feed it."""
 
-    module: nn.Module  # module(batch: Batch) -> logits, float32 [R, V]
+    module: Decoder
     device: torch.device
+    dtype: torch.dtype  # of activations
     num_layers: int
     num_kv_heads: int
     head_dim: int
@@ -53,15 +58,31 @@ class LoadedModel:
 
     def new_cache(self, blocks: int, block_tokens: int) -> KVCache:
         """Allocate an empty cache of *blocks* blocks of *block_tokens* positions."""
+        if self.device.type == "cpu" and block_tokens == cpu.BLOCK_TOKENS:
+            layers = [
+                cpu.new_cache_layer(blocks, self.num_kv_heads, self.head_dim, self.kv_dtype)
+                for _ in range(self.num_layers)
+            ]
+            return KVCache([k for k, _ in layers], [v for _, v in layers], block_tokens)
         shape = (blocks, block_tokens, self.num_kv_heads, self.head_dim)
-
-        def layers() -> list[Tensor]:
-            return [
+        keys, values = (
+            [
                 torch.empty(shape, dtype=self.kv_dtype, device=self.device)
                 for _ in range(self.num_layers)
             ]
+            for _ in range(2)
+        )
+        return KVCache(keys, values, block_tokens)
 
-        return KVCache(keys=layers(), values=layers(), block_tokens=block_tokens)
+    def recorded(self, cache: KVCache) -> Callable[[Batch], Tensor]:
+        """Return what computes a step with *cache* as the module does, only faster.
+
+        On a CPU that is a recording, whose logits are valid until the next step.
+        """
+        kernels = cpu.kernels() if self.device.type == "cpu" else None
+        if kernels is None or self.dtype != torch.float32:
+            return self.module
+        return Program(self.module, cache, kernels)
 
 
 def load_model(
@@ -69,21 +90,30 @@ def load_model(
 ) -> LoadedModel:
     """Load the GGUF file or checkpoint directory *path* onto *device*.
 
-    *dtype* is the width of activations and cache: "auto" is float32 on a CPU and the checkpoint's
-    own elsewhere. Quantised weights stay packed whatever it is. *on_progress* gets bytes done and
-    in total; what it raises ends the load. Raises CheckpointError.
+    *dtype* is the width of activations and cache, "auto" the checkpoint's own. Quantised weights
+    stay packed whatever it is. On a CPU with kernels activations are float32, and it says how exact
+    the rest is:
+
+        dtype      products with quantised weights          cache
+        auto       in 16 bits (quantized_linear.c)          float32
+        float16    the same                                 float16, for long contexts
+        float32    in float32, a few times slower           float32
+        bfloat16   plain torch in that width, far slower    bfloat16
+
+    *on_progress* gets bytes done and in total; what it raises ends the load. Raises
+    CheckpointError.
     """
     checkpoint = Checkpoint.open(path)
     checkpoint.check_supported()
     architecture = ARCHITECTURES[checkpoint.config["model_type"]]
     config = _config(checkpoint, architecture)
-    width = activation_dtype(checkpoint, device, dtype)
-    if device.type == "cpu":
-        cpu.kernels()  # compiled now rather than within the first request
+    kernels = cpu.kernels() if device.type == "cpu" else None  # compiled now, not with a request
+    is_tiled = kernels is not None and dtype in {"auto", "float16"}
+    width = torch.float32 if is_tiled else activation_dtype(checkpoint, device, dtype)
     module = architecture.model(config, width).eval().to(device)
-    with naming(path), checkpoint.weights_path.open("rb", buffering=0) as file:
-        sources = _sources(checkpoint, is_tied=config.tie_word_embeddings)
-        reader = _Reader(file, sum(source.nbytes for source in sources.values()), on_progress)
+    sources = _sources(checkpoint, is_tied=config.tie_word_embeddings)
+    total = sum(source.nbytes for source in sources.values())
+    with _Reader(total, on_progress) as reader, naming(path):
         _Filler(
             sources,
             reader,
@@ -91,14 +121,16 @@ def load_model(
             paired=architecture.gguf_paired if checkpoint.format == "gguf" else (),
             head_dim=config.head_dim,
             width=width,
+            tile=kernels.tile if kernels and is_tiled else None,
         ).fill(module, device)
     return LoadedModel(
         module=module,
         device=device,
+        dtype=width,
         num_layers=config.num_hidden_layers,
         num_kv_heads=config.num_key_value_heads,
         head_dim=config.head_dim,
-        kv_dtype=width,
+        kv_dtype=torch.float16 if is_tiled and dtype == "float16" else width,
         vocab_size=config.vocab_size,
         max_position_embeddings=config.max_position_embeddings,
         weights_bytes=resident_bytes(module),
@@ -151,25 +183,48 @@ def _sources(checkpoint: Checkpoint, *, is_tied: bool) -> dict[str, TensorInfo]:
 
 
 class _Reader:
-    """Reads tensors of one file into memory and tells how far it is."""
+    """Reads tensors into memory, one open file at a time, and tells how far it is."""
 
-    def __init__(self, file: FileIO, total: int, on_progress: Progress) -> None:
-        self.file = file
+    def __init__(self, total: int, on_progress: Progress) -> None:
         self.total = total
         self.done = 0
         self.on_progress = on_progress
+        self.path: Path | None = None
+        self.file: FileIO | None = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        exc: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self.file:
+            self.file.close()
 
     def read(self, tensor: TensorInfo, into: Tensor) -> None:
         """Fill *into*, contiguous bytes on the CPU, with the tensor as stored."""
         view = into.numpy().data.cast("B")
-        self.file.seek(tensor.offset)
-        while view:
-            count = self.file.readinto(view[:CHUNK_BYTES])
-            if not count:
-                raise CheckpointError(f"the file ended within tensor {tensor.name!r}")
-            view = view[count:]
-            self.done += count
-            self.on_progress(self.done, self.total)
+        with naming(tensor.path):
+            file = self._opened(tensor.path)
+            file.seek(tensor.offset)
+            while view:
+                count = file.readinto(view[:CHUNK_BYTES])
+                if not count:
+                    raise CheckpointError(f"the file ended within tensor {shown(tensor.name)}")
+                view = view[count:]
+                self.done += count
+                self.on_progress(self.done, self.total)
+
+    def _opened(self, path: Path) -> FileIO:
+        if self.file is None or path != self.path:
+            if self.file:
+                self.file.close()
+            self.file = open_file(path)
+            self.path = path
+        return self.file
 
 
 class _Filler:
@@ -184,6 +239,7 @@ class _Filler:
         paired: tuple[str, ...],
         head_dim: int,
         width: torch.dtype,
+        tile: Callable[[Part], Part] | None,
     ) -> None:
         self.sources = sources
         self.reader = reader
@@ -191,38 +247,42 @@ class _Filler:
         self.paired = paired
         self.head_dim = head_dim
         self.width = width
+        self.tile = tile
 
     def fill(self, module: nn.Module, device: torch.device) -> None:
         """Fill all of *module* and see that nothing of the file is left over."""
         for name, child in module.named_modules():
             if isinstance(child, Matrix):
-                child.fill([part.to(device) for part in self._parts(name, child)])
+                child.fill([self._placed(part, device) for part in self._parts(name, child)])
             elif isinstance(child, RMSNorm):
-                child.weight = self._vector(f"{name}.weight", child.weight.shape).to(device)
+                child.weight = self._vector(self._take(f"{name}.weight"), child.size).to(device)
+            elif isinstance(child, Projection) and child.bias is not None:
+                child.bias = self._bias(name, child.weight.stacked).to(device)
         if self.sources:
             raise CheckpointError(
-                f"has tensors that this architecture has no place for: {_some(self.sources)}"
+                f"has tensors that this architecture has no place for: {listed(self.sources)}"
             )
+
+    def _placed(self, part: Part, device: torch.device) -> Part:
+        """Bring *part* to where it stays, in the order that its products read it."""
+        if self.tile is not None and part.kind not in DENSE:
+            return self.tile(part)
+        return part.to(device)
 
     def _parts(self, name: str, matrix: Matrix) -> Iterator[Part]:
         """Read the tensors of one matrix, neighbours of the same type into one part."""
-        tensors = list(self._tensors(name))
-        if any(len(t.shape) != 2 or t.shape[1] != matrix.columns for _, t in tensors) or (
-            sum(tensor.shape[0] for _, tensor in tensors) != matrix.rows
-        ):
-            raise CheckpointError(
-                f"{name} is {matrix.rows} x {matrix.columns} by the configuration, but made of "
-                + ", ".join(f"{tensor.name} {tensor.shape}" for _, tensor in tensors)
-            )
+        tensors = list(self._tensors(name.removesuffix(".weight"), "weight"))
+        for rows, (_, tensor) in zip(matrix.stacked, tensors, strict=True):
+            _check_shape(tensor, (rows, matrix.columns))
         for kind, group in groupby(tensors, key=lambda source: source[1].type):
             data = self._stacked(kind, list(group), matrix.columns)
             yield self._in_width(Part(kind, data))
 
-    def _tensors(self, name: str) -> Iterator[tuple[str, TensorInfo]]:
-        """Take the sources of ``layers.0.mlp.gate_up_proj.weight``, with their short names."""
-        prefix, _, short = name.removesuffix(".weight").rpartition(".")
+    def _tensors(self, name: str, kind: str) -> Iterator[tuple[str, TensorInfo]]:
+        """Take the sources of ``layers.0.mlp.gate_up_proj``'s *kind*, with their short names."""
+        prefix, _, short = name.rpartition(".")
         for source in self.fused.get(short, (short,)):
-            yield source, self._take(f"{prefix}.{source}.weight".lstrip("."))
+            yield source, self._take(f"{prefix}.{source}.{kind}".lstrip("."))
 
     def _take(self, name: str) -> TensorInfo:
         if name not in self.sources:
@@ -248,24 +308,29 @@ class _Filler:
         weights = part.data.view(DENSE[part.kind]).to(self.width)
         return Part(DENSE_NAMES[self.width], weights.view(torch.uint8))
 
-    def _vector(self, name: str, shape: torch.Size) -> Tensor:
-        tensor = self._take(name)
-        if tensor.shape != tuple(shape) or tensor.type not in DENSE:
-            raise CheckpointError(
-                f"tensor {tensor.name!r} is {tensor.type} {tensor.shape}, "
-                f"not floats of shape {tuple(shape)}"
-            )
+    def _bias(self, name: str, stacked: tuple[int, ...]) -> Tensor:
+        """Read the bias of one projection, stacked as its rows are."""
+        tensors = self._tensors(name, "bias")
+        pieces = zip(tensors, stacked, strict=True)
+        return torch.cat([self._vector(tensor, size) for (_, tensor), size in pieces])
+
+    def _vector(self, tensor: TensorInfo, size: int) -> Tensor:
+        _check_shape(tensor, (size,))
+        if tensor.type not in DENSE:
+            raise CheckpointError(f"tensor {shown(tensor.name)} is {tensor.type}, not floats")
         data = torch.empty(tensor.nbytes, dtype=torch.uint8)
         self.reader.read(tensor, data)
         return data.view(DENSE[tensor.type]).float()
+
+
+def _check_shape(tensor: TensorInfo, shape: tuple[int, ...]) -> None:
+    if tensor.shape != shape:
+        raise CheckpointError(
+            f"tensor {shown(tensor.name)} is {tensor.shape}, but by the configuration {shape}"
+        )
 
 
 def _halves_from_pairs(rows: Tensor, head_dim: int) -> Tensor:
     """Reorder rows [heads * D, ...] from rotary pairs to rotary halves (see ``models.rope``)."""
     pairs = rows.reshape(-1, head_dim // 2, 2, rows.size(1))  # [heads, D / 2, 2, bytes]
     return pairs.transpose(1, 2).flatten(0, 2)
-
-
-def _some(names: Iterable[str]) -> str:
-    names = sorted(names)
-    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")

@@ -1,9 +1,9 @@
-"""Tiny random llama checkpoints, their reference logits, and a player that feeds ours."""
+"""Tiny random checkpoints, their reference logits, and a player that feeds ours."""
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +11,7 @@ import gguf
 import numpy as np
 import torch
 from torch import Tensor
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from cortex.models.batch import Batch
 from cortex.models.weights import LoadedModel, load_model
@@ -34,6 +34,8 @@ GGUF_NAMES = {
 }
 GGUF_LAYER_NAMES = {
     "input_layernorm": "attn_norm",
+    "self_attn.q_norm": "attn_q_norm",
+    "self_attn.k_norm": "attn_k_norm",
     "self_attn.q_proj": "attn_q",
     "self_attn.k_proj": "attn_k",
     "self_attn.v_proj": "attn_v",
@@ -45,21 +47,32 @@ GGUF_LAYER_NAMES = {
 }
 
 
-def random_llama(**overrides: Any) -> Any:
-    """Build transformers' llama with random weights, wide enough to tell a wrong one."""
+def random_model(model_type: str, **overrides: Any) -> Any:
+    """Build transformers' model with random weights, wide enough to tell a wrong one."""
     torch.manual_seed(7)
-    model: Any = LlamaForCausalLM(LlamaConfig(**{**SIZES, **overrides}))
-    model = model.eval().float()
+    config = AutoConfig.for_model(model_type, **{**SIZES, **overrides})
+    auto: Any = AutoModelForCausalLM
+    model = auto.from_config(config).eval().float()
     for name, weight in model.named_parameters():
         torch.nn.init.normal_(weight, mean=float("norm" in name), std=0.15)
     return model
 
 
-def saved_llama(directory: Path, **overrides: Any) -> Any:
+def saved_model(directory: Path, model_type: str, **overrides: Any) -> Any:
     """Build one and save it as safetensors into *directory*."""
-    model = random_llama(**overrides)
+    model = random_model(model_type, **overrides)
     model.save_pretrained(directory)
     return model
+
+
+def random_llama(**overrides: Any) -> Any:
+    """Build a llama."""
+    return random_model("llama", **overrides)
+
+
+def saved_llama(directory: Path, **overrides: Any) -> Any:
+    """Build a llama and save it as safetensors into *directory*."""
+    return saved_model(directory, "llama", **overrides)
 
 
 def write_gguf(path: Path, model: Any, kind: str, **extra: Any) -> None:
@@ -68,14 +81,14 @@ def write_gguf(path: Path, model: Any, kind: str, **extra: Any) -> None:
     Matrices become *kind*; *model* gets them back dequantised, so that it stays the reference.
     """
     config = model.config
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, config.model_type)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
     writer.add_feed_forward_length(config.intermediate_size)
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
-    writer.add_key_length(config.head_dim)
+    writer.add_key_length(_head_dim(config))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     for key, value in extra.items():
@@ -123,12 +136,17 @@ def llama_from_gguf(path: Path) -> Any:
     return model
 
 
+def _head_dim(config: Any) -> int:
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    return int(head_dim)
+
+
 def gguf_name(name: str) -> str:
     """Return llama.cpp's name of a transformers parameter."""
     if name in GGUF_NAMES:
         return GGUF_NAMES[name]
-    _, _, layer, *middle, _ = name.split(".")
-    return f"blk.{layer}.{GGUF_LAYER_NAMES['.'.join(middle)]}.weight"
+    _, _, layer, *middle, kind = name.split(".")
+    return f"blk.{layer}.{GGUF_LAYER_NAMES['.'.join(middle)]}.{kind}"
 
 
 def _add(writer: Any, name: str, weight: Tensor, kind: str, config: Any) -> None:
@@ -147,6 +165,8 @@ def _add(writer: Any, name: str, weight: Tensor, kind: str, config: Any) -> None
 
 def _heads(name: str, config: Any) -> int | None:
     """How many heads' rows a GGUF file reorders in this parameter; None for none."""
+    if config.model_type != "llama":
+        return None
     heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
     return next((count for word, count in heads.items() if word in name), None)
 
@@ -165,8 +185,8 @@ def _halves(values: Any, heads: int | None) -> Any:
     return np.ascontiguousarray(values)
 
 
-def loaded(path: Path, *, dtype: str = "auto") -> LoadedModel:
-    """Load *path* on the CPU."""
+def loaded(path: Path, *, dtype: str = "float32") -> LoadedModel:
+    """Load *path* on the CPU; unless told otherwise exactly, to be held to a reference."""
     return load_model(path, device=torch.device("cpu"), dtype=dtype, on_progress=lambda *_: None)
 
 
@@ -185,9 +205,10 @@ def reference_logits(model: Any, tokens: Sequence[int]) -> Tensor:
 class Player:
     """Feeds sequences to a model as the engine does, over deliberately scattered blocks."""
 
-    def __init__(self, model: LoadedModel, blocks: int = 64, block_tokens: int = 4) -> None:
+    def __init__(self, model: LoadedModel, blocks: int = 64, block_tokens: int = 16) -> None:
         self.model = model
         self.cache = model.new_cache(blocks, block_tokens)
+        self.compute: Callable[[Batch], Tensor] = model.module
         self.free = list(range(blocks))
         random.Random(1).shuffle(self.free)
         self.tables: dict[str, list[int]] = {}
@@ -197,7 +218,7 @@ class Player:
     def step(self, **chunks: Sequence[int]) -> dict[str, Tensor]:
         """Feed each named sequence its next tokens; return logits [its tokens, V] of each."""
         batch = self.batch(chunks)
-        logits: Tensor = self.model.module(batch)
+        logits = self.compute(batch)
         sizes = [len(tokens) for tokens in chunks.values()]
         return dict(zip(chunks, torch.split(logits, sizes), strict=True))
 

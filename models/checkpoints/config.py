@@ -1,17 +1,21 @@
 """The configuration inside a GGUF file, under the names config.json uses.
 
 GGUF writes ``<architecture>.embedding_length`` where config.json writes ``hidden_size``. What a
-llama GGUF can say and config.json cannot (or says elsewhere) becomes the key that an
-architecture's ``Config.from_json`` refuses or reads, so that nothing in a file is passed over.
+GGUF can say and config.json cannot (or says elsewhere) becomes the key that an architecture's
+``Config.from_json`` refuses or reads, so that nothing in a file is passed over.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
-from cortex.models.checkpoints.errors import CheckpointError
+from cortex.models.checkpoints.errors import CheckpointError, shown
 from cortex.models.checkpoints.gguf import GGUFFile
+
+READ = ("llama", "qwen2", "qwen3")
+"""The architectures whose keys mean what is said here."""
 
 INTEGERS = {
     "hidden_size": "embedding_length",
@@ -34,10 +38,8 @@ def config_of(file: GGUFFile) -> dict[str, Any]:
     architecture = file.metadata.get("general.architecture")
     if not isinstance(architecture, str) or not architecture:
         raise CheckpointError(f"{file.path}: general.architecture is missing")
-    if architecture != "llama":
-        return {
-            "model_type": architecture
-        }  # what an unknown architecture's keys mean we cannot say
+    if architecture not in READ:
+        return {"model_type": architecture}  # what its keys mean we cannot say
     values = _Values(file, architecture)
     return {"model_type": architecture, **_dimensions(values), **_variant(values)}
 
@@ -62,12 +64,12 @@ class _Values:
     def number(self, key: str, default: float | None = None) -> float:
         value = self.get(key)
         value = default if value is None else value
-        if type(value) is not float or not 0 < value < float("inf"):
+        if type(value) is not float or not 0 < value < math.inf:
             self._refuse(key, value, "a positive number")
         return float(value)
 
     def _refuse(self, key: str, value: Any, wanted: str) -> None:
-        state = "is missing" if value is None else f"is {str(value)[:80]}, not {wanted}"
+        state = "is missing" if value is None else f"is {shown(value)}, not {wanted}"
         raise CheckpointError(f"{self.file.path}: {self.architecture}.{key} {state}")
 
 
@@ -90,14 +92,16 @@ def _variant(values: _Values) -> dict[str, Any]:
     names = values.file.tensors
     found: dict[str, Any] = {
         "hidden_act": "silu",
-        "attention_bias": any(name.endswith("attn_q.bias") for name in names),
         "mlp_bias": any(name.endswith("ffn_down.bias") for name in names),
         "tie_word_embeddings": "output.weight" not in names,
     }
+    if values.architecture != "qwen2":  # which has a bias there always, and no such key
+        found["attention_bias"] = any(name.endswith("attn_q.bias") for name in names)
     if values.get("expert_count"):
         found["num_local_experts"] = values.get("expert_count")
     if values.get("attention.sliding_window"):
         found["sliding_window"] = values.get("attention.sliding_window")
+        found["use_sliding_window"] = True
     if values.get("attention.value_length") not in (None, values.get("attention.key_length")):
         found["v_head_dim"] = values.get("attention.value_length")
     scaling = values.get("rope.scaling.type")

@@ -16,14 +16,20 @@ from __future__ import annotations
 import os
 import struct
 from array import array
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from io import BufferedReader
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from cortex.models.checkpoints.errors import CheckpointError, naming
+from cortex.models.checkpoints.errors import CheckpointError, naming, shown
+from cortex.models.checkpoints.files import open_file
 from cortex.models.checkpoints.tensors import GGUF_TYPES, TensorInfo, check_layout, stored_bytes
 
-MAX_STRING_BYTES = 1 << 26
+MAX_HEADER_BYTES = 1 << 26
+"""Four times the largest known; parsed, it takes up to 25 times as much memory."""
+
+MAX_STRING_BYTES = 1 << 24
+MAX_NAME_BYTES = (1 << 16) - 1  # the format's own limit for keys
 MAX_ARRAY_ELEMENTS = 1 << 24
 MAX_ENTRIES = 1 << 16
 MAX_TENSORS = 1 << 17
@@ -49,8 +55,8 @@ class GGUFFile:
     @classmethod
     def open(cls, path: Path) -> GGUFFile:
         """Read the header; raises CheckpointError."""
-        with naming(path), path.open("rb", buffering=1 << 20) as file:
-            header = _Header(file)
+        with naming(path), BufferedReader(open_file(path), 1 << 20) as file:
+            header = _Header(path, file)
             tensor_count, entry_count = header.counts()
             metadata = header.metadata(entry_count)
             tensors = header.tensors(tensor_count, _alignment(metadata))
@@ -60,30 +66,37 @@ class GGUFFile:
 class _Header:
     """Reads a header front to back and never asks for more than the file holds."""
 
-    def __init__(self, file: BinaryIO) -> None:
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self.path = path
         self.file = file
         self.file_bytes = os.fstat(file.fileno()).st_size
-        self.left = self.file_bytes
+        self.taken = 0
+
+    @property
+    def left(self) -> int:
+        return self.file_bytes - self.taken
 
     def take(self, count: int, what: str) -> bytes:
         """Read *count* bytes, which are *what*."""
         if count > self.left:
             raise CheckpointError(
-                f"{what} needs {count} bytes at byte {self.file_bytes - self.left}, but the file "
+                f"{what} needs {count} bytes at byte {self.taken}, but the file "
                 f"has only {self.left} more: it is truncated or damaged"
             )
+        if self.taken + count > MAX_HEADER_BYTES:
+            raise CheckpointError(f"the header is larger than the {MAX_HEADER_BYTES} bytes we read")
         data = self.file.read(count)
         if len(data) != count:
             raise CheckpointError(f"the file shrank while {what} was read")
-        self.left -= count
+        self.taken += count
         return data
 
     def number(self, code: str, what: str) -> Any:
         return struct.unpack("<" + code, self.take(struct.calcsize("<" + code), what))[0]
 
-    def string(self, what: str) -> str:
+    def string(self, what: str, limit: int = MAX_STRING_BYTES) -> str:
         length = self.number("Q", what)
-        if length > MAX_STRING_BYTES:
+        if length > limit:
             raise CheckpointError(f"{what} claims to be {length} bytes long")
         try:
             return self.take(length, what).decode()
@@ -114,10 +127,11 @@ class _Header:
     def metadata(self, count: int) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for _ in range(count):
-            key = self.string("a metadata key")
+            key = self.string("a metadata key", MAX_NAME_BYTES)
             if key in found:
-                raise CheckpointError(f"metadata key {key!r} appears twice")
-            found[key] = self._value(self.number("I", f"metadata {key!r}"), f"metadata {key!r}")
+                raise CheckpointError(f"metadata key {shown(key)} appears twice")
+            what = f"metadata {shown(key)}"
+            found[key] = self._value(self.number("I", what), what)
         return found
 
     def _value(self, kind: int, what: str) -> Any:
@@ -159,20 +173,17 @@ class _Header:
         for _ in range(count):
             tensor = self._tensor(alignment)
             if tensor.name in found:
-                raise CheckpointError(f"tensor {tensor.name!r} appears twice")
+                raise CheckpointError(f"tensor {shown(tensor.name)} appears twice")
             found[tensor.name] = tensor
-        start = -(-(self.file_bytes - self.left) // alignment) * alignment
-        placed = {
-            name: TensorInfo(name, info.shape, info.type, start + info.offset, info.nbytes)
-            for name, info in found.items()
-        }
+        start = -(-self.taken // alignment) * alignment
+        placed = {name: replace(info, offset=start + info.offset) for name, info in found.items()}
         check_layout(placed.values(), self.file_bytes)
         return placed
 
     def _tensor(self, alignment: int) -> TensorInfo:
         """One row of the table; its offset still counts from the start of the data."""
-        name = self.string("a tensor's name")
-        what = f"tensor {name!r}"
+        name = self.string("a tensor's name", MAX_NAME_BYTES)
+        what = f"tensor {shown(name)}"
         dimensions = self.number("I", what)
         if dimensions > MAX_DIMENSIONS:
             raise CheckpointError(f"{what} has {dimensions} dimensions, more than {MAX_DIMENSIONS}")
@@ -186,12 +197,12 @@ class _Header:
         nbytes = stored_bytes(name, shape, GGUF_TYPES[number])
         if nbytes > MAX_TENSOR_BYTES:
             raise CheckpointError(f"{what} of shape {shape} is absurdly large")
-        return TensorInfo(name, shape, GGUF_TYPES[number].name, offset, nbytes)
+        return TensorInfo(name, shape, GGUF_TYPES[number].name, self.path, offset, nbytes)
 
 
 def _alignment(metadata: dict[str, Any]) -> int:
     alignment = metadata.get("general.alignment", 32)
     is_power_of_two = type(alignment) is int and alignment > 0 and alignment.bit_count() == 1
     if not is_power_of_two:
-        raise CheckpointError(f"general.alignment is {alignment!r}, which is no power of two")
+        raise CheckpointError(f"general.alignment is {shown(alignment)}, which is no power of two")
     return int(alignment)

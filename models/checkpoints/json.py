@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
-from cortex.models.checkpoints.errors import CheckpointError, naming
+from cortex.models.checkpoints.errors import CheckpointError, naming, shown
+from cortex.models.checkpoints.files import open_file
 
 MAX_FILE_BYTES = 1 << 24
 
@@ -14,7 +17,8 @@ MAX_FILE_BYTES = 1 << 24
 def parse_object(text: bytes, what: str) -> dict[str, Any]:
     """Parse *text*, an object without duplicate keys; raises CheckpointError that says *what*."""
     try:
-        value = json.loads(text, object_pairs_hook=_without_duplicates)
+        value = json.loads(text.decode(), object_pairs_hook=_without_duplicates)
+        _refuse_half_characters(text, value)
     except CheckpointError as exc:
         raise CheckpointError(f"{what} {exc}") from None
     except (ValueError, RecursionError) as exc:
@@ -26,17 +30,28 @@ def parse_object(text: bytes, what: str) -> dict[str, Any]:
 
 def read_object(path: Path) -> dict[str, Any]:
     """Read a small JSON file such as config.json; raises CheckpointError."""
-    with naming(path), path.open("rb") as file:
-        text = file.read(MAX_FILE_BYTES + 1)
-        if len(text) > MAX_FILE_BYTES:
-            raise CheckpointError(f"larger than {MAX_FILE_BYTES} bytes")
-    return parse_object(text, str(path))
+    return parse_object(read_bytes(path, MAX_FILE_BYTES), str(path))
+
+
+def read_bytes(path: Path, limit: int) -> bytes:
+    """Read all of *path*, which must not exceed *limit* bytes; raises CheckpointError."""
+    with naming(path), BufferedReader(open_file(path)) as file:
+        size = os.fstat(file.fileno()).st_size
+        if size > limit:
+            raise CheckpointError(f"larger than {limit} bytes")
+        return file.read(size)
 
 
 def _without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        names = [name for name, _ in pairs]
-        twice = next(name for name in names if names.count(name) > 1)
-        raise CheckpointError(f"has the key {twice!r} twice")
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise CheckpointError(f"has the key {shown(name)} twice")
+        found[name] = value
     return found
+
+
+def _refuse_half_characters(text: bytes, value: Any) -> None:
+    """Refuse half a surrogate pair, which JSON can spell and no answer of ours could repeat."""
+    if rb"\ud" in text.lower():
+        json.dumps(value, ensure_ascii=False).encode()

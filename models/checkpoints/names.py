@@ -9,6 +9,8 @@ GGUF_NAMES = {
     "token_embd": "embed_tokens",
     "output_norm": "norm",
     "output": "lm_head",
+    "attn_q_norm": "self_attn.q_norm",
+    "attn_k_norm": "self_attn.k_norm",
     "attn_norm": "input_layernorm",
     "attn_q": "self_attn.q_proj",
     "attn_k": "self_attn.k_proj",

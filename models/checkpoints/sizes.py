@@ -5,19 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from cortex.models.checkpoints.errors import CheckpointError
+from cortex.models.checkpoints.errors import CheckpointError, shown
+
+IMPLIED: dict[str, dict[str, int]] = {
+    "mistral": {"num_key_value_heads": 8},
+    "qwen2": {"num_key_value_heads": 32},
+    "qwen3": {"num_key_value_heads": 32, "head_dim": 128},
+}
+"""By model_type, what transformers takes where config.json lacks a key; null is no lack."""
 
 
 def head_dim(config: Mapping[str, Any]) -> int:
     """Return the size of one head; config.json leaves it out where it is hidden_size / heads."""
-    if config.get("head_dim") is not None:
+    if _stated(config, "head_dim") is not None:
         return _positive(config, "head_dim")
     return _positive(config, "hidden_size") // _positive(config, "num_attention_heads")
 
 
 def num_key_value_heads(config: Mapping[str, Any]) -> int:
-    """Return the number of key-value heads; absent means as many as query heads."""
-    if config.get("num_key_value_heads") is not None:
+    """Return the number of key-value heads; null means as many as query heads."""
+    if _stated(config, "num_key_value_heads") is not None:
         return _positive(config, "num_key_value_heads")
     return _positive(config, "num_attention_heads")
 
@@ -28,8 +35,18 @@ def kv_bytes_per_token(config: Mapping[str, Any], dtype_bytes: int) -> int:
     return per_layer * _positive(config, "num_hidden_layers")
 
 
+def _stated(config: Mapping[str, Any], name: str) -> Any:
+    """Return the value that config.json gives or implies."""
+    if name in config:
+        return config[name]
+    model_type = config.get("model_type")
+    return IMPLIED.get(model_type, {}).get(name) if isinstance(model_type, str) else None
+
+
 def _positive(config: Mapping[str, Any], name: str) -> int:
-    value = config.get(name)
+    value = _stated(config, name)
     if type(value) is not int or value <= 0:
-        raise CheckpointError(f"the configuration's {name} is {value!r}, not a positive number")
+        raise CheckpointError(
+            f"the configuration's {name} is {shown(value)}, not a positive number"
+        )
     return value

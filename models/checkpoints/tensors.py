@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass
 from math import prod
+from pathlib import Path
 from typing import NamedTuple
 
-from cortex.models.checkpoints.errors import CheckpointError
+from cortex.models.checkpoints.errors import CheckpointError, shown
 
 
 class StoredType(NamedTuple):
@@ -71,7 +72,7 @@ SAFETENSORS_TYPES = {
     for name in names
 }
 
-LOADABLE = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q8_0")
+LOADABLE = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
 """The types a weight may be stored in; ``models.quantization`` implements exactly these."""
 
 
@@ -82,6 +83,7 @@ class TensorInfo:
     name: str
     shape: tuple[int, ...]  # torch order, outermost first
     type: str
+    path: Path
     offset: int  # from the start of the file
     nbytes: int
 
@@ -91,22 +93,22 @@ def stored_bytes(name: str, shape: tuple[int, ...], stored: StoredType) -> int:
     innermost = shape[-1] if shape else 1
     if innermost % stored.block_elements:
         raise CheckpointError(
-            f"tensor {name!r}: rows of {innermost} elements are no whole number of "
+            f"tensor {shown(name)}: rows of {innermost} elements are no whole number of "
             f"{stored.name} blocks of {stored.block_elements}"
         )
     return prod(shape) // stored.block_elements * stored.block_bytes
 
 
 def check_layout(tensors: Iterable[TensorInfo], file_bytes: int) -> None:
-    """Raise CheckpointError where a tensor ends behind its file or two tensors overlap."""
+    """Raise CheckpointError where a tensor ends behind its one file or two of them overlap."""
     end, before = 0, ""
     for tensor in sorted(tensors, key=lambda tensor: tensor.offset):
         if tensor.offset + tensor.nbytes > file_bytes:
             raise CheckpointError(
-                f"tensor {tensor.name!r} ends at byte {tensor.offset + tensor.nbytes}, "
+                f"tensor {shown(tensor.name)} ends at byte {tensor.offset + tensor.nbytes}, "
                 f"but the file ends at {file_bytes}: it is truncated or damaged"
             )
         if tensor.offset < end:
-            raise CheckpointError(f"tensors {before!r} and {tensor.name!r} overlap")
+            raise CheckpointError(f"tensors {shown(before)} and {shown(tensor.name)} overlap")
         if tensor.nbytes:
             end, before = tensor.offset + tensor.nbytes, tensor.name

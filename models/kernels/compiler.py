@@ -18,7 +18,10 @@ import tempfile
 from pathlib import Path
 
 SOURCE = Path(__file__).with_name("cpu_ops.c")
-INCLUDED = Path(__file__).with_name("thread_pool.c")
+INCLUDED = tuple(
+    SOURCE.with_name(name)
+    for name in ("thread_pool.c", "quantized_linear.c", "paged_attention.c", "program.c")
+)
 COMPILERS = ("cc", "gcc", "clang")
 NATIVE = "-mcpu=native" if platform.machine() == "aarch64" else "-march=native"
 FLAGS = ("-O3", NATIVE, "-std=gnu11", "-ffp-contract=off", "-pthread", "-shared", "-fPIC", "-w")
@@ -63,7 +66,7 @@ def _find_compiler() -> str:
 def _fingerprint(compiler: str) -> str:
     parts = (
         SOURCE.read_text(),
-        INCLUDED.read_text(),
+        *(included.read_text() for included in INCLUDED),
         _run(compiler, "--version"),
         *FLAGS,
         _cpu_features(),

@@ -9,7 +9,8 @@ from __future__ import annotations
 import ctypes
 import logging
 from collections.abc import Sequence
-from ctypes import c_float, c_int, c_int64, c_void_p
+from contextvars import ContextVar
+from ctypes import c_int, c_int64, c_void_p
 from functools import cache
 
 import torch
@@ -17,33 +18,18 @@ from torch import Tensor
 
 from cortex.models.batch import Batch
 from cortex.models.kernels.compiler import KernelsUnavailable, load_library
-from cortex.models.quantization import STORED, Part
+from cortex.models.kernels.op import Op, Step
+from cortex.models.quantization import Part
 
-KINDS = {"F32": 0, "F16": 1, "BF16": 2, "Q4_0": 3, "Q4_1": 4, "Q8_0": 5}  # enum in cpu_ops.c
-MAX_HEAD = 256  # as in cpu_ops.c
-
-SIGNATURES = {
-    "cortex_rows": (c_int, c_void_p, c_int64, c_void_p, c_void_p, c_int, c_int64, c_int),
-    "cortex_add": (c_void_p, c_void_p, c_void_p, c_int, c_int, c_int),
-    "cortex_linear": (
-        *(c_int, c_void_p, c_int64, c_void_p, c_void_p, c_int64),
-        *(c_int, c_int, c_int, c_int),
-    ),
-    "cortex_rms_norm": (c_void_p, c_void_p, c_void_p, c_int, c_int, c_float, c_int),
-    "cortex_silu_multiply": (c_void_p, c_void_p, c_int, c_int, c_int),
-    "cortex_rotation": (c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_int),
-    "cortex_rotate": (c_void_p, c_int64, c_void_p, c_void_p, c_void_p, c_int, c_int, c_int),
-    "cortex_store": (
-        *(c_void_p, c_void_p, c_int64, c_int64, c_void_p),
-        *(c_void_p, c_void_p, c_int, c_int),
-    ),
-    "cortex_attention": (
-        *(c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_void_p, c_int, c_void_p, c_void_p),
-        *(c_int, c_int, c_int, c_int, c_float, c_int),
-    ),
+KINDS = {
+    kind: number
+    for number, kind in enumerate(("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0"))
 }
+"""The enum in cpu_ops.c."""
 
-MAY_FAIL = ("cortex_rows", "cortex_linear")
+MAX_HEAD = 256  # as in paged_attention.c
+BLOCK_TOKENS = 16  # positions of a block of the cache, as there
+TILE_OUTPUTS = 16  # as in quantized_linear.c
 
 log = logging.getLogger(__name__)
 
@@ -56,156 +42,174 @@ class CpuKernels:
     """
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        for name, types in SIGNATURES.items():
-            function = getattr(library, name)
-            function.argtypes = types
-            function.restype = c_int if name in MAY_FAIL else None
-        self.c = library
+        self.library = library
+        library.cortex_run.argtypes = (c_void_p, c_int, c_void_p, c_void_p)
+        library.cortex_pack.argtypes = (*(c_int, c_void_p, c_int64, c_void_p, c_int, c_int, c_int),)
+        library.cortex_pack.restype = None
 
     def rows(self, part: Part, ids: Tensor) -> Tensor:
         """Unpack rows *ids* [T] to float32 [T, K]; raises IndexError."""
-        stored = STORED[part.kind]
-        columns = part.data.size(1) // stored.block_bytes * stored.block_elements
         ids = ids.contiguous()
-        y = torch.empty(ids.size(0), columns)
-        failed = self.c.cortex_rows(
-            KINDS[part.kind],
-            part.data.data_ptr(),
-            part.data.size(1),
-            ids.data_ptr(),
-            y.data_ptr(),
-            ids.size(0),
-            part.rows,
-            columns,
+        y = self.new(ids, part.columns)
+        where = (KINDS[part.kind], part.data.data_ptr())
+        what = (ids.data_ptr(), y.data_ptr(), part.rows, part.columns)
+        failed = (
+            self.do("tiled_rows", y, *where, *what)
+            if part.is_tiled
+            else self.do("rows", y, *where, part.data.size(1), *what)
         )
         if failed:
             raise IndexError(f"row ids must be from 0 to {part.rows - 1}")
         return y
 
+    def take(self, x: Tensor, ids: Tensor) -> Tensor:
+        """Copy rows *ids* [R] of x [T, K] -> [R, K]."""
+        x, ids = x.contiguous(), ids.contiguous()
+        y = self.new(ids, x.size(1))
+        self.do("take", y, x.data_ptr(), ids.data_ptr(), y.data_ptr(), x.size(1))
+        return y
+
     def add(self, x: Tensor, y: Tensor) -> Tensor:
         """[M, K] + [M, K] -> [M, K]."""
         x, y = x.contiguous(), y.contiguous()
-        out = torch.empty_like(x)
-        self.c.cortex_add(
-            x.data_ptr(), y.data_ptr(), out.data_ptr(), *x.shape, torch.get_num_threads()
-        )
+        out = self.new(x, x.size(1))
+        self.do("add", out, x.data_ptr(), y.data_ptr(), out.data_ptr(), x.size(1))
         return out
 
     def linear(self, x: Tensor, parts: Sequence[Part]) -> Tensor:
         """X [M, K] times the transpose of the stacked parts [N, K] -> [M, N]."""
         x = x.contiguous()
-        y = torch.empty(x.size(0), sum(part.rows for part in parts))
+        y = self.new(x, sum(part.rows for part in parts))
         to = y.data_ptr()
         for part in parts:
-            failed = self.c.cortex_linear(
-                KINDS[part.kind],
-                part.data.data_ptr(),
-                part.data.size(1),
-                x.data_ptr(),
-                to,
-                y.size(1),
-                x.size(0),
-                part.rows,
-                x.size(1),
-                torch.get_num_threads(),
+            where = (KINDS[part.kind], part.data.data_ptr())
+            what = (x.data_ptr(), to, y.size(1), part.rows, x.size(1))
+            failed = (
+                self.do("tiled_linear", y, *where, *what)
+                if part.is_tiled
+                else self.do("linear", y, *where, part.data.size(1), *what)
             )
             if failed:
                 raise MemoryError("no memory to unpack weights into")
             to += part.rows * y.element_size()
         return y
 
+    def add_bias(self, y: Tensor, bias: Tensor) -> Tensor:
+        """[M, N] + [N] -> [M, N], written to *y*, which is contiguous."""
+        assert y.is_contiguous()
+        self.do("add_bias", y, y.data_ptr(), bias.data_ptr(), y.size(1))
+        return y
+
     def rms_norm(self, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        """[M, K] -> [M, K]."""
-        x = x.contiguous()
-        y = torch.empty_like(x)
-        self.c.cortex_rms_norm(
-            x.data_ptr(),
-            weight.data_ptr(),
-            y.data_ptr(),
-            x.size(0),
-            x.size(1),
-            eps,
-            torch.get_num_threads(),
+        """[M, K] -> [M, K], or [T, heads, K] -> [T, heads, K]."""
+        tokens = _heads_together(x if x.dim() == 3 else x[:, None])
+        y = self.new(x, *x.shape[1:])
+        self.do(
+            "rms_norm",
+            y,
+            *(tokens.data_ptr(), tokens.stride(0), weight.data_ptr(), y.data_ptr()),
+            *(*tokens.shape[1:], float(eps)),
         )
         return y
 
     def silu_multiply(self, gate_up: Tensor) -> Tensor:
         """[M, 2 K] -> [M, K]."""
         gate_up = gate_up.contiguous()
-        y = torch.empty(gate_up.size(0), gate_up.size(1) // 2)
-        self.c.cortex_silu_multiply(
-            gate_up.data_ptr(), y.data_ptr(), y.size(0), y.size(1), torch.get_num_threads()
-        )
+        y = self.new(gate_up, gate_up.size(1) // 2)
+        self.do("silu_multiply", y, gate_up.data_ptr(), y.data_ptr(), y.size(1))
         return y
 
     def rotation(self, positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
         """Cosines and sines, float32 [T, D / 2] each."""
         positions = positions.contiguous()
-        cosines = torch.empty(positions.size(0), frequencies.size(0))
-        sines = torch.empty_like(cosines)
-        self.c.cortex_rotation(
-            positions.data_ptr(),
-            frequencies.data_ptr(),
-            cosines.data_ptr(),
-            sines.data_ptr(),
-            positions.size(0),
-            frequencies.size(0),
-        )
+        half = frequencies.size(0)
+        cosines, sines = self.new(positions, half), self.new(positions, half)
+        addresses = (t.data_ptr() for t in (positions, frequencies, cosines, sines))
+        self.do("rotation", cosines, *addresses, half)
         return cosines, sines
 
     def rotate(self, x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
         """[T, heads, D] -> [T, heads, D]."""
         x = _heads_together(x)
-        y = torch.empty(x.shape)
-        self.c.cortex_rotate(
-            x.data_ptr(),
-            x.stride(0),
-            cosines.data_ptr(),
-            sines.data_ptr(),
-            y.data_ptr(),
-            *x.shape,
-        )
+        y = self.new(x, x.size(1), x.size(2))
+        addresses = (t.data_ptr() for t in (cosines, sines, y))
+        self.do("rotate", y, x.data_ptr(), x.stride(0), *addresses, x.size(1), x.size(2))
         return y
 
     def store(self, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
         """Write k and v [T, K, D] to their slots of one layer's cache."""
+        assert can_attend(keys), "the cache lies as new_cache_layer makes it"
         k, v = _heads_together(k), _heads_together(v)
-        self.c.cortex_store(
-            k.data_ptr(),
-            v.data_ptr(),
-            k.stride(0),
-            v.stride(0),
-            slots.data_ptr(),
-            keys.data_ptr(),
-            values.data_ptr(),
-            k.size(0),
-            k.size(1) * k.size(2),
+        self.do(
+            "store",
+            k,
+            *(k.data_ptr(), v.data_ptr(), k.stride(0), v.stride(0)),
+            *(slots.data_ptr(), keys.data_ptr(), values.data_ptr()),
+            *(keys.dtype == torch.float16, k.size(1), k.size(2)),
         )
 
     def attention(
         self, q: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: float
     ) -> Tensor:
         """Q [T, N, D] against one layer's cache -> [T, N, D]."""
+        assert can_attend(keys), "the cache lies as new_cache_layer makes it"
         q, tables = q.contiguous(), batch.block_tables.contiguous()
-        out = torch.empty_like(q)
-        self.c.cortex_attention(
-            q.data_ptr(),
-            keys.data_ptr(),
-            values.data_ptr(),
-            tables.data_ptr(),
-            tables.size(1),
-            batch.query_starts.data_ptr(),
-            batch.query_starts.size(0) - 1,
-            batch.positions.data_ptr(),
-            out.data_ptr(),
-            q.size(1),
-            keys.size(2),
-            q.size(2),
-            batch.cache.block_tokens,
-            scale,
-            torch.get_num_threads(),
+        out = self.new(q, q.size(1), q.size(2))
+        self.do(
+            "attention",
+            out,
+            *(q.data_ptr(), keys.data_ptr(), values.data_ptr(), keys.dtype == torch.float16),
+            *(tables.data_ptr(), tables.size(1), batch.query_starts.data_ptr()),
+            *(batch.positions.data_ptr(), out.data_ptr()),
+            *(q.size(1), keys.size(2), q.size(2), float(scale)),
+            sequences=batch.query_starts.size(0) - 1,
         )
         return out
+
+    def tile(self, part: Part) -> Part:
+        """Return a quantised part as quantized_linear.c multiplies with it fastest."""
+        data = torch.empty(
+            -(-part.rows // TILE_OUTPUTS) * TILE_OUTPUTS, part.data.size(1), dtype=torch.uint8
+        )
+        self.library.cortex_pack(
+            *(KINDS[part.kind], part.data.data_ptr(), part.data.size(1), data.data_ptr()),
+            *(part.rows, part.columns, torch.get_num_threads()),
+        )
+        return Part(part.kind, data, part.rows)
+
+    def new(self, like: Tensor, *columns: int) -> Tensor:
+        """Return an empty float32 tensor with as many rows as *like*."""
+        return torch.empty(like.size(0), *columns)
+
+    def do(self, name: str, rows_of: Tensor, *arguments: float, sequences: int = 0) -> int:
+        """Run an operation on the rows of *rows_of*; return 0 unless it failed."""
+        count = rows_of.size(0)
+        step = Step(count, count, sequences, torch.get_num_threads())
+        op = Op.of(name, arguments)
+        return int(self.library.cortex_run(ctypes.addressof(op), 1, ctypes.addressof(step), None))
+
+
+def new_cache_layer(
+    blocks: int, kv_heads: int, head_dim: int, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """Return a layer's keys and values, [blocks, BLOCK_TOKENS, K, D] each, as attention wants them.
+
+    In memory keys are [blocks, K, D, BLOCK_TOKENS], values [blocks, K, BLOCK_TOKENS, D].
+    """
+    keys = torch.empty(blocks, kv_heads, head_dim, BLOCK_TOKENS, dtype=dtype)
+    values = torch.empty(blocks, kv_heads, BLOCK_TOKENS, head_dim, dtype=dtype)
+    return keys.permute(0, 3, 1, 2), values.permute(0, 2, 1, 3)
+
+
+def can_attend(keys: Tensor) -> bool:
+    """Whether *keys* lie as ``new_cache_layer`` makes them, with heads that the kernel can hold."""
+    _, tokens, _, size = keys.shape
+    return (
+        tokens == BLOCK_TOKENS
+        and keys.stride()[1::2] == (1, BLOCK_TOKENS)
+        and size <= MAX_HEAD
+        and keys.device.type == "cpu"
+    )
 
 
 def _heads_together(x: Tensor) -> Tensor:
@@ -213,12 +217,16 @@ def _heads_together(x: Tensor) -> Tensor:
     return x if x.stride()[1:] == (x.size(2), 1) else x.contiguous()
 
 
+RECORDING: ContextVar[CpuKernels | None] = ContextVar("RECORDING", default=None)
+"""What takes the operations down instead of running them, while ``program`` records a model."""
+
+
 def kernels_for(*tensors: Tensor) -> CpuKernels | None:
     """Return the kernels if they serve tensors of this device and width, here."""
     for x in tensors:
         if x.device.type != "cpu" or x.dtype not in (torch.float32, torch.uint8):
             return None
-    return kernels()
+    return RECORDING.get() or kernels()
 
 
 @cache

@@ -1,4 +1,6 @@
-/* The operations of a decoder on a CPU, in float32, on weights in their stored block format.
+/* The operations of a decoder on a CPU: activations in float32, weights in their stored block format.
+ * Products of the kind that serves are in quantized_linear.c, attention is in paged_attention.c, and
+ * program.c runs a whole step of them.
  *
  * What every operation here promises: the result of one row does not depend on how many rows there
  * are, on where it stands among them, or on the number of threads. So there is one order of
@@ -14,7 +16,7 @@
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
-#if defined(__AVX512F__) || (defined(__AVX2__) && defined(__FMA__))
+#if defined(__AVX512F__) || defined(__AVX2__)
 #include <immintrin.h>
 #elif defined(__ARM_NEON)
 #include <arm_neon.h>
@@ -99,7 +101,7 @@ INLINE floats exp_of_negative(floats x) {
 
 /* ---- stored formats (ggml-common.h of llama.cpp); the numbers are shared with cpu.py ---- */
 
-enum { F32, F16, BF16, Q4_0, Q4_1, Q8_0 };
+enum { F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 };
 
 /* Bytes fetched ahead of what is unpacked: a matrix that is in no cache then unpacks 2.4 times faster
  * (Q4_1, one core of a Sapphire Rapids guest, November 2026). */
@@ -152,6 +154,38 @@ INLINE void unpack_q4_1(const uint8_t *from, float *to) {
     store(to + 16, from_bytes(q >> 4) * d + m);
 }
 
+/* 16 for each of sixteen elements whose bit is set in two bytes, lowest bit first. */
+INLINE bytes16 fifth_bits(const uint8_t *p) {
+#if defined(__AVX512VL__) && defined(__AVX512BW__)
+    uint16_t bits;
+    memcpy(&bits, p, sizeof bits);
+    return (bytes16)_mm_maskz_set1_epi8(bits, 16);
+#else
+    const bytes16 place = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
+    const uint8_t a = p[0], b = p[1];
+    const bytes16 spread = {a, a, a, a, a, a, a, a, b, b, b, b, b, b, b, b};
+    return (bytes16)((spread & place) == place) & 16;
+#endif
+}
+
+INLINE void unpack_q5_0(const uint8_t *from, float *to) {
+    __builtin_prefetch(from + AHEAD);
+    const floats d = splat(half_at(from));
+    bytes16 q;
+    memcpy(&q, from + 6, sizeof q);
+    store(to, (from_bytes((q & 15) | fifth_bits(from + 2)) - 16.f) * d);
+    store(to + 16, (from_bytes((q >> 4) | fifth_bits(from + 4)) - 16.f) * d);
+}
+
+INLINE void unpack_q5_1(const uint8_t *from, float *to) {
+    __builtin_prefetch(from + AHEAD);
+    const floats d = splat(half_at(from)), m = splat(half_at(from + 2));
+    bytes16 q;
+    memcpy(&q, from + 8, sizeof q);
+    store(to, from_bytes((q & 15) | fifth_bits(from + 4)) * d + m);
+    store(to + 16, from_bytes((q >> 4) | fifth_bits(from + 6)) * d + m);
+}
+
 INLINE void unpack_q8_0(const uint8_t *from, float *to) {
     __builtin_prefetch(from + AHEAD);
     const floats d = splat(half_at(from));
@@ -181,6 +215,8 @@ static void unpack(int kind, const uint8_t *from, float *to, int K) {
     case BF16: unpack_halves(from, to, K, 1); break;
     case Q4_0: for (int k = 0; k < K; k += 32, from += 18) unpack_q4_0(from, to + k); break;
     case Q4_1: for (int k = 0; k < K; k += 32, from += 20) unpack_q4_1(from, to + k); break;
+    case Q5_0: for (int k = 0; k < K; k += 32, from += 22) unpack_q5_0(from, to + k); break;
+    case Q5_1: for (int k = 0; k < K; k += 32, from += 24) unpack_q5_1(from, to + k); break;
     case Q8_0: for (int k = 0; k < K; k += 32, from += 34) unpack_q8_0(from, to + k); break;
     }
 }
@@ -198,7 +234,7 @@ int cortex_rows(int kind, const uint8_t *w, int64_t row_bytes, const int64_t *id
 /* ---- linear ---- */
 
 #define TILE 4     /* outputs and rows multiplied at once, in TILE * TILE registers */
-#define OUTPUTS 16 /* weight rows unpacked at once for many rows: with K = 2048, 128 KiB of L2 cache */
+#define AT_ONCE 16 /* weight rows unpacked at once for many rows: with K = 2048, 128 KiB of L2 cache */
 
 /* y[m][n] = x[m] . w[n] for ROWS rows and TILE outputs; rows of w are ldw floats apart. */
 INLINE void multiply(const int ROWS, const float *x, const float *w, int ldw, int K, float *y, int64_t ldy,
@@ -244,17 +280,17 @@ static float *scratch(size_t floats_wanted) {
     return buffer;
 }
 
-/* OUTPUTS outputs of all rows: unpacked a few at a time, so that for few rows they stay in L1. */
+/* AT_ONCE outputs of all rows: unpacked a few at a time, so that for few rows they stay in L1. */
 static void linear_item(void *argument, int64_t item) {
     Linear *o = argument;
-    const int M = o->M, K = o->K, at_once = M > TILE ? OUTPUTS : TILE;
-    const int end = (item + 1) * OUTPUTS < o->N ? (int)(item + 1) * OUTPUTS : o->N;
-    float *tile = scratch((size_t)OUTPUTS * K);
+    const int M = o->M, K = o->K, at_once = M > TILE ? AT_ONCE : TILE;
+    const int end = (item + 1) * AT_ONCE < o->N ? (int)(item + 1) * AT_ONCE : o->N;
+    float *tile = scratch((size_t)AT_ONCE * K);
     if (!tile) {
         o->failed = 1;
         return;
     }
-    for (int n0 = (int)item * OUTPUTS; n0 < end; n0 += at_once) {
+    for (int n0 = (int)item * AT_ONCE; n0 < end; n0 += at_once) {
         const int wide = end - n0 < at_once ? end - n0 : at_once;
         for (int n = 0; n < wide; n++)
             unpack(o->kind, o->w + (n0 + n) * o->row_bytes, tile + (size_t)n * K, K);
@@ -277,23 +313,32 @@ static void linear_item(void *argument, int64_t item) {
 int cortex_linear(int kind, const uint8_t *w, int64_t row_bytes, const float *x, float *y, int64_t ldy,
                   int M, int N, int K, int threads) {
     Linear linear = {w, x, y, row_bytes, ldy, kind, M, N, K, 0};
-    for_each(threads, ((int64_t)N + OUTPUTS - 1) / OUTPUTS, linear_item, &linear);
+    for_each(threads, ((int64_t)N + AT_ONCE - 1) / AT_ONCE, linear_item, &linear);
     return linear.failed ? -1 : 0;
 }
 
+#include "quantized_linear.c"
+
 /* ---- the small ones ---- */
+
+/* y[M, K] = rows ids[M] of x; they are there. */
+void cortex_take(const float *x, const int64_t *ids, float *y, int M, int K) {
+    for (int m = 0; m < M; m++) memcpy(y + (int64_t)m * K, x + ids[m] * K, K * sizeof(float));
+}
 
 typedef struct {
     const float *x, *weight;
     float *y;
     int K;
     float eps;
+    int64_t ldx; /* of rms_norm: floats from one token to the next, whose heads lie together */
+    int heads;
 } Rows;
 
 static void rms_norm_row(void *argument, int64_t m) {
     const Rows *o = argument;
     const int K = o->K, whole = K / LANES * LANES;
-    const float *row = o->x + m * K;
+    const float *row = o->x + m / o->heads * o->ldx + m % o->heads * K;
     float *to = o->y + m * K;
     floats sum = {}, tail = load_part(row + whole, K - whole);
     for (int k = 0; k < whole; k += LANES) sum = madd(load(row + k), load(row + k), sum);
@@ -310,14 +355,27 @@ static void add_row(void *argument, int64_t m) {
 
 /* y[M, K] = a + b. */
 void cortex_add(const float *a, const float *b, float *y, int M, int K, int threads) {
-    Rows rows = {a, b, y, K, 0.f};
+    Rows rows = {a, b, y, K};
     for_each(M > 16 ? threads : 1, M, add_row, &rows);
 }
 
-/* y[M, K] = x / rms(x) * weight, row by row. */
-void cortex_rms_norm(const float *x, const float *weight, float *y, int M, int K, float eps, int threads) {
-    Rows rows = {x, weight, y, K, eps};
-    for_each(M > 16 ? threads : 1, M, rms_norm_row, &rows);
+static void add_bias_row(void *argument, int64_t m) {
+    const Rows *o = argument;
+    float *to = o->y + m * o->K;
+    for (int k = 0; k < o->K; k++) to[k] += o->weight[k];
+}
+
+/* y[M, N] += bias[N], row by row. */
+void cortex_add_bias(float *y, const float *bias, int M, int N, int threads) {
+    Rows rows = {NULL, bias, y, N};
+    for_each(M > 16 ? threads : 1, M, add_bias_row, &rows);
+}
+
+/* y[M, heads, K] = x / rms(x) * weight, head by head; tokens of x are ldx floats apart. */
+void cortex_rms_norm(const float *x, int64_t ldx, const float *weight, float *y, int M, int heads, int K,
+                     float eps, int threads) {
+    Rows rows = {x, weight, y, K, eps, ldx, heads};
+    for_each(M > 16 ? threads : 1, (int64_t)M * heads, rms_norm_row, &rows);
 }
 
 INLINE floats silu_times(floats gate, floats up) {
@@ -330,19 +388,17 @@ INLINE floats silu_times(floats gate, floats up) {
 
 static void silu_multiply_row(void *argument, int64_t m) {
     const Rows *o = argument;
-    const int K = o->K;
+    const int K = o->K, whole = K / LANES * LANES;
     const float *gate = o->x + m * 2 * K, *up = gate + K;
     float *to = o->y + m * K;
-    for (int k = 0; k < K; k += LANES) {
-        const int n = K - k < LANES ? K - k : LANES;
-        const floats v = silu_times(load_part(gate + k, n), load_part(up + k, n));
-        memcpy(to + k, &v, n * sizeof(float));
-    }
+    for (int k = 0; k < whole; k += LANES) store(to + k, silu_times(load(gate + k), load(up + k)));
+    const floats rest = silu_times(load_part(gate + whole, K - whole), load_part(up + whole, K - whole));
+    memcpy(to + whole, &rest, (K - whole) * sizeof(float));
 }
 
 /* y[M, K] = silu(x[:, :K]) * x[:, K:]. */
 void cortex_silu_multiply(const float *x, float *y, int M, int K, int threads) {
-    Rows rows = {x, NULL, y, K, 0.f};
+    Rows rows = {x, NULL, y, K};
     for_each(M > 4 ? threads : 1, M, silu_multiply_row, &rows);
 }
 
@@ -374,154 +430,6 @@ void cortex_rotate(const float *x, int64_t ldx, const float *cosines, const floa
     }
 }
 
-/* ---- paged attention ---- */
+#include "paged_attention.c"
 
-#define SPAN 128     /* positions scored before their values are summed; counted from position 0 */
-#define MAX_HEAD 256 /* largest head size */
-
-/* One layer's cache [blocks, block_tokens, K, D], seen from one sequence and one key-value head. */
-typedef struct {
-    const float *keys, *values;
-    const int32_t *blocks;
-    int block_tokens;
-    int64_t position_stride; /* floats from one position of a block to the next */
-} View;
-
-INLINE int64_t offset_of(const View *view, int p) {
-    const int64_t slot = (int64_t)view->blocks[p / view->block_tokens] * view->block_tokens + p % view->block_tokens;
-    return slot * view->position_stride;
-}
-
-INLINE floats load_any(const float *p, int n) { return n >= LANES ? load(p) : load_part(p, n); }
-
-/* One head of one token on its way: online softmax (Milakov and Gimelshein, arXiv:1805.02867) over
- * spans of absolute positions, so that the order of its sums is its own. */
-typedef struct {
-    floats query[MAX_HEAD / LANES], sum[MAX_HEAD / LANES];
-    float top, total;
-    int visible; /* positions it sees */
-} Row;
-
-INLINE void begin_row(const int PARTS, Row *row, const float *q, int visible, int D) {
-    for (int i = 0; i < PARTS; i++) {
-        row->query[i] = load_any(q + i * LANES, D - i * LANES);
-        row->sum[i] = (floats){};
-    }
-    row->top = -INFINITY;
-    row->total = 0.f;
-    row->visible = visible;
-}
-
-INLINE void attend_span(const int PARTS, Row *row, const View *view, int start, int D, float scale) {
-    floats sum[MAX_HEAD / LANES], weights[SPAN / LANES], span_total = {};
-    float *scores = (float *)weights, top = row->top;
-    const int count = row->visible - start < SPAN ? row->visible - start : SPAN;
-    for (int p = 0; p < count; p++) {
-        const float *key = view->keys + offset_of(view, start + p);
-        floats dot = {};
-        for (int i = 0; i < PARTS; i++) dot = madd(row->query[i], load_any(key + i * LANES, D - i * LANES), dot);
-        scores[p] = fold(dot) * scale;
-        top = scores[p] > top ? scores[p] : top;
-    }
-    for (int p = count; p < SPAN; p++) scores[p] = -INFINITY;
-    const float shrink = exp_of_negative(splat(row->top - top))[0];
-    for (int i = 0; i < SPAN / LANES; i++) {
-        weights[i] = exp_of_negative(weights[i] - top);
-        span_total += weights[i];
-    }
-    for (int i = 0; i < PARTS; i++) sum[i] = row->sum[i] * shrink;
-    for (int p = 0; p < count; p++) {
-        const float *value = view->values + offset_of(view, start + p);
-        const floats weight = splat(scores[p]);
-        for (int i = 0; i < PARTS; i++) sum[i] = madd(weight, load_any(value + i * LANES, D - i * LANES), sum[i]);
-    }
-    for (int i = 0; i < PARTS; i++) row->sum[i] = sum[i];
-    row->total = row->total * shrink + fold(span_total);
-    row->top = top;
-}
-
-INLINE void end_row(const int PARTS, const Row *row, float *out, int D) {
-    for (int i = 0; i < PARTS; i++) {
-        const floats v = row->sum[i] / row->total;
-        memcpy(out + i * LANES, &v, (D - i * LANES < LANES ? D - i * LANES : LANES) * sizeof(float));
-    }
-}
-
-/* Copy k and v [T, K, D], tokens ldk floats apart, to their slots of the cache. */
-void cortex_store(const float *k, const float *v, int64_t ldk, int64_t ldv, const int64_t *slots, float *keys,
-                  float *values, int T, int width) {
-    for (int t = 0; t < T; t++) {
-        memcpy(keys + slots[t] * width, k + t * ldk, width * sizeof(float));
-        memcpy(values + slots[t] * width, v + t * ldv, width * sizeof(float));
-    }
-}
-
-typedef struct {
-    const float *q, *keys, *values;
-    const int32_t *tables, *query_starts;
-    const int64_t *positions;
-    float *out;
-    int table_width, sequences, heads, kv_heads, D, block_tokens, heads_at_once;
-    float scale;
-} Attention;
-
-#define TOKENS_AT_ONCE 8
-#define ROWS_AT_ONCE 16 /* a span of keys and values, fetched once, serves so many rows */
-
-INLINE int64_t tiles_of(const Attention *o, int s) {
-    return (o->query_starts[s + 1] - o->query_starts[s] + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE;
-}
-
-/* Tokens [first, last) of sequence s, heads [head, head + heads) of one key-value head. */
-INLINE void attend(const int PARTS, const Attention *o, int s, int64_t first, int64_t last, int head, int heads,
-                   int D) {
-    const int kv = head / (o->heads / o->kv_heads);
-    const View view = {o->keys + (int64_t)kv * D, o->values + (int64_t)kv * D,
-                       o->tables + (int64_t)s * o->table_width, o->block_tokens, (int64_t)o->kv_heads * D};
-    Row rows[ROWS_AT_ONCE];
-    int count = 0, longest = 0;
-    for (int64_t t = first; t < last; t++)
-        for (int h = head; h < head + heads; h++) {
-            const int visible = (int)o->positions[t] + 1;
-            begin_row(PARTS, &rows[count++], o->q + (t * o->heads + h) * D, visible, D);
-            longest = visible > longest ? visible : longest;
-        }
-    for (int start = 0; start < longest; start += SPAN)
-        for (int r = 0; r < count; r++)
-            if (start < rows[r].visible) attend_span(PARTS, &rows[r], &view, start, D, o->scale);
-    for (int r = 0; r < count; r++)
-        end_row(PARTS, &rows[r], o->out + ((first + r / heads) * o->heads + head + r % heads) * D, D);
-}
-
-/* A tile of tokens and a few heads that share keys and values; the last tokens, which see most,
- * come first. */
-static void attention_item(void *argument, int64_t item) {
-    const Attention *o = argument;
-    const int groups = o->heads / o->heads_at_once, head = item % groups * o->heads_at_once;
-    int64_t tile = item / groups;
-    int s = o->sequences - 1;
-    while (tile >= tiles_of(o, s)) tile -= tiles_of(o, s--);
-    const int64_t last = o->query_starts[s + 1] - tile * TOKENS_AT_ONCE, start = o->query_starts[s];
-    int64_t first = last - TOKENS_AT_ONCE > start ? last - TOKENS_AT_ONCE : start;
-    const int step = ROWS_AT_ONCE / o->heads_at_once;
-    for (; first < last; first += step) {
-        const int64_t end = first + step < last ? first + step : last;
-        if (o->D == 64) attend(4, o, s, first, end, head, o->heads_at_once, 64);
-        else if (o->D == 128) attend(8, o, s, first, end, head, o->heads_at_once, 128);
-        else attend((o->D + LANES - 1) / LANES, o, s, first, end, head, o->heads_at_once, o->D);
-    }
-}
-
-/* out[T, N, D] = causal attention of q[T, N, D] over the paged cache; token t of sequence s sees
- * positions[t] + 1 positions of it. What is computed together shares the fetching of keys and
- * values, never a sum: hence the promise. */
-void cortex_attention(const float *q, const float *keys, const float *values, const int32_t *tables,
-                      int table_width, const int32_t *query_starts, int sequences, const int64_t *positions,
-                      float *out, int heads, int kv_heads, int D, int block_tokens, float scale, int threads) {
-    Attention o = {q, keys, values, tables, query_starts, positions, out, table_width,
-                   sequences, heads, kv_heads, D, block_tokens, heads / kv_heads, scale};
-    int64_t tiles = 0;
-    for (int s = 0; s < sequences; s++) tiles += tiles_of(&o, s);
-    if (o.heads_at_once > ROWS_AT_ONCE || tiles * kv_heads < threads) o.heads_at_once = 1;
-    for_each(threads, tiles * (heads / o.heads_at_once), attention_item, &o);
-}
+#include "program.c"

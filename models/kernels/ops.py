@@ -28,14 +28,26 @@ def rows(matrix: Matrix, ids: Tensor) -> Tensor:
     return fast.rows(part, ids) if fast else reference.rows(part, ids)
 
 
+def take(x: Tensor, ids: Tensor) -> Tensor:
+    """Rows *ids* [R] of x [T, K] -> [R, K]."""
+    fast = cpu.kernels_for(x)
+    return fast.take(x, ids) if fast else x[ids]
+
+
 def add(x: Tensor, y: Tensor) -> Tensor:
     """[M, K] + [M, K] -> [M, K]; torch's own sum would wake a second set of threads on a CPU."""
     fast = cpu.kernels_for(x, y)
     return fast.add(x, y) if fast else x + y
 
 
+def add_bias(y: Tensor, bias: Tensor) -> Tensor:
+    """[M, N] + [N] -> [M, N], which may be *y* itself; the sum is float32, rounded to y's width."""
+    fast = cpu.kernels_for(y, bias)
+    return fast.add_bias(y, bias) if fast else reference.add_bias(y, bias)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """[M, K] -> [M, K]: x / rms(x) * weight, row by row."""
+    """[..., K] -> [..., K] of two or three dimensions: x / rms(x) * weight, row by row."""
     fast = cpu.kernels_for(x, weight)
     return fast.rms_norm(x, weight, eps) if fast else reference.rms_norm(x, weight, eps)
 
@@ -61,13 +73,13 @@ def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
 
 def store(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
     """Write k and v [T, K, D] to their slots of one layer's cache."""
-    fast = cpu.kernels_for(k, keys)
+    fast = cpu.kernels_for(k) if cpu.can_attend(keys) else None
     write = fast.store if fast else reference.store
     write(k, v, keys, values, slots)
 
 
 def attention(q: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: float) -> Tensor:
     """Q [T, N, D] against one layer's cache, causally -> [T, N, D]."""
-    fast = cpu.kernels_for(q, keys) if q.size(-1) <= cpu.MAX_HEAD else None
+    fast = cpu.kernels_for(q) if cpu.can_attend(keys) else None
     attend = fast.attention if fast else reference.attention
     return attend(q, keys, values, batch, scale)

@@ -43,6 +43,17 @@ def _q4_1(data: Tensor) -> Tensor:
     return _nibbles(blocks[..., 4:]) * _half(blocks, 0) + _half(blocks, 2)
 
 
+def _q5_0(data: Tensor) -> Tensor:
+    blocks = data.reshape(data.size(0), -1, 22)
+    return (_nibbles(blocks[..., 6:]) + _fifth_bits(blocks, 2) - 16.0) * _half(blocks, 0)
+
+
+def _q5_1(data: Tensor) -> Tensor:
+    blocks = data.reshape(data.size(0), -1, 24)
+    quants = _nibbles(blocks[..., 8:]) + _fifth_bits(blocks, 4)
+    return quants * _half(blocks, 0) + _half(blocks, 2)
+
+
 def _q8_0(data: Tensor) -> Tensor:
     blocks = data.reshape(data.size(0), -1, 34)
     return blocks[..., 2:].contiguous().view(torch.int8).float() * _half(blocks, 0)
@@ -53,12 +64,25 @@ def _nibbles(quants: Tensor) -> Tensor:
     return torch.cat((quants & 15, quants >> 4), dim=-1).float()
 
 
+def _fifth_bits(blocks: Tensor, offset: int) -> Tensor:
+    """Return 16 where an element's bit is set in the 4 bytes at *offset*, float32 [.., .., 32]."""
+    places = torch.arange(8, dtype=torch.uint8, device=blocks.device)
+    bits = blocks[..., offset : offset + 4, None] >> places & 1  # [M, blocks, 4, 8]
+    return bits.flatten(-2).float() * 16.0
+
+
 def _half(blocks: Tensor, offset: int) -> Tensor:
     """Return the float16 at a byte offset of every block, as float32 [M, blocks, 1]."""
     return blocks[..., offset : offset + 2].contiguous().view(torch.float16).float()
 
 
-UNPACK: dict[str, Callable[[Tensor], Tensor]] = {"Q4_0": _q4_0, "Q4_1": _q4_1, "Q8_0": _q8_0}
+UNPACK: dict[str, Callable[[Tensor], Tensor]] = {
+    "Q4_0": _q4_0,
+    "Q4_1": _q4_1,
+    "Q5_0": _q5_0,
+    "Q5_1": _q5_1,
+    "Q8_0": _q8_0,
+}
 
 
 def linear(x: Tensor, parts: Sequence[Part]) -> Tensor:
@@ -76,8 +100,13 @@ def _weights(part: Part, columns: int, dtype: torch.dtype) -> Iterator[Tensor]:
         yield dequantize(part.kind, data).to(dtype)
 
 
+def add_bias(y: Tensor, bias: Tensor) -> Tensor:
+    """[M, N] + float32 [N] -> [M, N] in the dtype of *y*."""
+    return (y + bias).to(y.dtype)
+
+
 def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    """[M, K] -> [M, K]; computed in float32, returned in the dtype of *x*."""
+    """[..., K] -> [..., K]; computed in float32, returned in the dtype of *x*."""
     wide = x.float()
     scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
     return (weight * (wide * scale)).to(x.dtype)
@@ -105,8 +134,9 @@ def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
 
 def store(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> None:
     """Write k and v [T, K, D] to their slots of one layer's cache."""
-    keys.flatten(0, 1)[slots] = k
-    values.flatten(0, 1)[slots] = v
+    blocks, positions = slots // keys.size(1), slots % keys.size(1)
+    keys[blocks, positions] = k.to(keys.dtype)
+    values[blocks, positions] = v.to(values.dtype)
 
 
 def attention(q: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: float) -> Tensor:
@@ -118,8 +148,8 @@ def attention(q: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: floa
         blocks = batch.block_tables[index, : -(-context // batch.cache.block_tokens)]
         out[tokens] = _attend(
             q[tokens],
-            keys[blocks].flatten(0, 1)[:context],
-            values[blocks].flatten(0, 1)[:context],
+            keys[blocks].flatten(0, 1)[:context].to(q.dtype),
+            values[blocks].flatten(0, 1)[:context].to(q.dtype),
             scale,
         )
     return out

@@ -25,6 +25,7 @@ from tiny_models import (
     random_llama,
     reference_logits,
     saved_llama,
+    saved_model,
     some_tokens,
     write_gguf,
 )
@@ -113,7 +114,7 @@ def test_neighbours_of_different_types_multiply_as_one_matrix(tmp_path: Path) ->
 
 
 def test_dense_weights_take_the_width_of_16_bit_activations(directory: Path) -> None:
-    wide, narrow = loaded(directory), loaded(directory, dtype="float16")
+    wide, narrow = loaded(directory), loaded(directory, dtype="bfloat16")
 
     assert narrow.weights_bytes == pytest.approx(wide.weights_bytes / 2, rel=0.05)
 
@@ -208,7 +209,7 @@ def test_a_tensor_without_a_place_is_named(directory: Path) -> None:
     extra = {f"model.layers.0.mlp.extra{i}.weight": torch.ones(2) for i in range(4)}
     change_tensors(directory, lambda t: t.update(extra))
 
-    with pytest.raises(CheckpointError, match=r"no place for: layers.0.mlp.extra0.*and 1 more"):
+    with pytest.raises(CheckpointError, match=r"no place for: 'layers.0.mlp.extra0.*and 1 more"):
         loaded(directory)
 
 
@@ -251,10 +252,75 @@ def test_a_variant_that_is_not_implemented_is_a_checkpoint_error(directory: Path
 
 def test_a_type_no_kernel_multiplies_is_named(tmp_path: Path) -> None:
     reference = random_llama()
-    write_gguf(tmp_path / "tiny.gguf", reference, "Q5_1")
+    write_gguf(tmp_path / "tiny.gguf", reference, "MXFP4")
 
-    with pytest.raises(CheckpointError, match="stored as Q5_1, which is not supported"):
+    with pytest.raises(CheckpointError, match="stored as MXFP4, which is not supported"):
         loaded(tmp_path / "tiny.gguf")
+
+
+def test_a_missing_bias_is_named(tmp_path: Path) -> None:
+    saved_model(tmp_path, "qwen2")
+    change_tensors(tmp_path, lambda t: t.pop("model.layers.1.self_attn.k_proj.bias"))
+
+    with pytest.raises(CheckpointError, match=r"'layers.1.self_attn.k_proj.bias' is missing"):
+        loaded(tmp_path)
+
+
+def test_a_bias_without_a_place_is_named(directory: Path) -> None:
+    name = "model.layers.0.self_attn.q_proj.bias"
+    change_tensors(directory, lambda t: t.update({name: torch.ones(64)}))
+
+    with pytest.raises(CheckpointError, match=r"no place for: 'layers.0.self_attn.q_proj.bias'"):
+        loaded(directory)
+
+
+@pytest.mark.parametrize("bias", [torch.ones(31), torch.ones(32, 1), torch.ones(64)])
+def test_a_bias_of_another_shape_is_named(tmp_path: Path, bias: torch.Tensor) -> None:
+    name = "model.layers.1.self_attn.k_proj.bias"
+    saved_model(tmp_path, "qwen2")
+    change_tensors(tmp_path, lambda t: t.update({name: bias}))
+
+    with pytest.raises(CheckpointError, match=rf"'{name}' is .*, but by the configuration \(32,\)"):
+        loaded(tmp_path)
+
+
+def test_a_bias_that_is_no_float_is_named(tmp_path: Path) -> None:
+    name = "model.layers.1.self_attn.k_proj.bias"
+    saved_model(tmp_path, "qwen2")
+    change_tensors(tmp_path, lambda t: t.update({name: torch.ones(32, dtype=torch.int32)}))
+
+    with pytest.raises(CheckpointError, match=rf"'{name}' is stored as I32"):
+        loaded(tmp_path)
+
+
+def test_a_packed_norm_is_refused(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "packed.gguf", "llama")
+    write_gguf(tmp_path / "tiny.gguf", random_llama(), "Q8_0")
+    packed = gguf.quants.quantize(np.ones(64, np.float32), gguf.GGMLQuantizationType.Q8_0)
+    for field in gguf.GGUFReader(tmp_path / "tiny.gguf").fields.values():
+        if field.name.startswith("llama."):
+            writer.add_key_value(field.name, field.contents(), field.types[0])
+    for tensor in gguf.GGUFReader(tmp_path / "tiny.gguf").tensors:
+        is_norm = tensor.name == "output_norm.weight"
+        kind = gguf.GGMLQuantizationType.Q8_0 if is_norm else tensor.tensor_type
+        writer.add_tensor(tensor.name, packed if is_norm else tensor.data, raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    with pytest.raises(CheckpointError, match=r"'output_norm.weight' is Q8_0, not floats"):
+        loaded(tmp_path / "packed.gguf")
+
+
+def test_a_bias_counts_and_moves_with_its_model(tmp_path: Path) -> None:
+    saved_model(tmp_path, "qwen2")
+
+    model = loaded(tmp_path)
+
+    assert model.weights_bytes == pytest.approx(Checkpoint.open(tmp_path).weights_bytes, rel=0.01)
+    moved: Any = model.module.to("meta")
+    assert moved.layers[0].self_attn.qkv_proj.bias.device.type == "meta"
 
 
 def test_an_unknown_architecture_is_named(tmp_path: Path) -> None:

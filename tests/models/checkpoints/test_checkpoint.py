@@ -10,6 +10,7 @@ import gguf
 import numpy as np
 import pytest
 
+from cortex.models import registry
 from cortex.models.checkpoints.checkpoint import Checkpoint
 from cortex.models.checkpoints.config import config_of, generation_config_of
 from cortex.models.checkpoints.errors import CheckpointError
@@ -18,7 +19,7 @@ from cortex.models.checkpoints.names import is_derived, parameter_name
 from cortex.models.checkpoints.sizes import kv_bytes_per_token
 from cortex.models.checkpoints.tensors import TensorInfo
 from cortex.models.llama import LlamaConfig
-from tiny_models import random_llama, saved_llama, write_gguf
+from tiny_models import random_llama, random_model, saved_llama, write_gguf
 
 METADATA: dict[str, Any] = {
     "general.architecture": "llama",
@@ -33,18 +34,58 @@ METADATA: dict[str, Any] = {
 
 
 def config(metadata: dict[str, Any], *tensors: str) -> dict[str, Any]:
-    infos = {name: TensorInfo(name, (7, 64), "F32", 0, 0) for name in tensors}
+    infos = {name: TensorInfo(name, (7, 64), "F32", Path("a.gguf"), 0, 0) for name in tensors}
     return config_of(GGUFFile(Path("a.gguf"), {**METADATA, **metadata}, infos))
 
 
-def test_a_gguf_file_has_the_configuration_it_was_converted_from(tmp_path: Path) -> None:
-    model = random_llama(tie_word_embeddings=True, head_dim=32, rms_norm_eps=2.0**-17)
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+def test_a_gguf_file_has_the_configuration_it_was_converted_from(
+    tmp_path: Path, model_type: str
+) -> None:
+    sizes = {"head_dim": 32, "rms_norm_eps": 2.0**-17, "tie_word_embeddings": True}
+    rope = {"rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    model = random_model(model_type, **sizes, **rope)
     write_gguf(tmp_path / "tiny.gguf", model, "F32")
     model.save_pretrained(tmp_path / "dense")
+    read = registry.ARCHITECTURES[model_type].config
 
-    ours = LlamaConfig.from_json(Checkpoint.open(tmp_path / "tiny.gguf").config)
+    ours = read(Checkpoint.open(tmp_path / "tiny.gguf").config)
 
-    assert ours == LlamaConfig.from_json(Checkpoint.open(tmp_path / "dense").config)
+    assert ours == read(Checkpoint.open(tmp_path / "dense").config)
+
+
+@pytest.mark.parametrize("model_type", ["qwen2", "qwen3"])
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("attention.sliding_window", 4096, "use_sliding_window = True"),
+        ("rope.scaling.type", "yarn", "yarn"),
+        ("expert_count", 8, "num_local_experts = 8"),
+    ],
+)
+def test_a_variant_of_qwen_that_a_gguf_file_can_say_is_refused(
+    model_type: str, key: str, value: Any, says: str
+) -> None:
+    metadata = {key.replace("llama", model_type): value for key, value in METADATA.items()}
+    metadata |= {"general.architecture": model_type, f"{model_type}.{key}": value}
+    file = GGUFFile(Path("a.gguf"), metadata, {})
+
+    with pytest.raises(ValueError, match=says):
+        registry.ARCHITECTURES[model_type].config(config_of(file))
+
+
+def test_a_bias_is_another_model_of_qwen3_but_not_of_qwen2() -> None:
+    found = {}
+    for model_type in ("qwen2", "qwen3"):
+        metadata = {key.replace("llama", model_type): value for key, value in METADATA.items()}
+        metadata["general.architecture"] = model_type
+        name = "blk.0.attn_q.bias"
+        tensors = {name: TensorInfo(name, (64,), "F32", Path("a.gguf"), 0, 256)}
+        found[model_type] = config_of(GGUFFile(Path("a.gguf"), metadata, tensors))
+
+    assert "attention_bias" not in found["qwen2"]
+    with pytest.raises(ValueError, match="qwen3 with attention_bias = True"):
+        registry.ARCHITECTURES["qwen3"].config(found["qwen3"])
 
 
 def test_a_file_without_an_output_matrix_is_tied() -> None:
@@ -166,6 +207,13 @@ def test_the_quant_of_a_gguf_file_is_that_of_most_bytes(tmp_path: Path) -> None:
     assert checkpoint.weights_bytes == sum(tensor.n_bytes for tensor in data)
 
 
+def test_a_part_of_a_split_gguf_file_is_refused(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", random_llama(), "F32", split__count=3)
+
+    with pytest.raises(CheckpointError, match="one of 3 files of a split GGUF"):
+        Checkpoint.open(tmp_path / "tiny.gguf")
+
+
 def test_a_gguf_file_without_tensors_has_no_quant(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "a.gguf", "mamba")
     writer.write_header_to_file()
@@ -178,9 +226,8 @@ def test_a_gguf_file_without_tensors_has_no_quant(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("files", "says"),
     [
-        ([], "neither model.safetensors nor a GGUF file"),
+        ([], "neither model.safetensors, nor model.safetensors.index.json, nor a GGUF"),
         (["b.gguf", "a.gguf"], "name one of them, e.g. a.gguf"),
-        (["model.safetensors.index.json"], "several safetensors files"),
     ],
 )
 def test_a_directory_without_weights_says_what_it_has(
@@ -221,6 +268,15 @@ def test_what_is_supported_passes_the_check(tmp_path: Path) -> None:
     Checkpoint.open(tmp_path).check_supported()
 
 
+@pytest.mark.parametrize("model_type", [None, 7, ["llama"], "a" * 101])
+def test_a_model_type_that_is_no_name_is_refused(tmp_path: Path, model_type: Any) -> None:
+    saved_llama(tmp_path)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": model_type}))
+
+    with pytest.raises(CheckpointError, match="is no name"):
+        Checkpoint.open(tmp_path)
+
+
 def test_another_model_type_does_not_pass_the_check(tmp_path: Path) -> None:
     saved_llama(tmp_path)
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "mamba"}))
@@ -253,6 +309,7 @@ def test_a_quantisation_without_kernels_does_not_pass_the_check(tmp_path: Path) 
         ("token_embd.weight", "embed_tokens.weight"),
         ("blk.12.ffn_gate.weight", "layers.12.mlp.gate_proj.weight"),
         ("blk.0.attn_q.bias", "layers.0.self_attn.q_proj.bias"),
+        ("blk.3.attn_k_norm.weight", "layers.3.self_attn.k_norm.weight"),
         ("blk.0.unheard_of.weight", "blk.0.unheard_of.weight"),
     ],
 )

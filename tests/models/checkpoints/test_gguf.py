@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 import struct
 import tracemalloc
 from pathlib import Path
@@ -119,7 +120,7 @@ def test_the_data_starts_at_the_files_own_alignment(tmp_path: Path) -> None:
 
     file = read(tmp_path, header([alignment], [tensor("t", [4])], data=512))
 
-    assert file.tensors["t"] == TensorInfo("t", (4,), "F32", 256, 16)
+    assert file.tensors["t"] == TensorInfo("t", (4,), "F32", tmp_path / "a.gguf", 256, 16)
 
 
 def test_a_type_we_do_not_multiply_with_is_still_named(tmp_path: Path) -> None:
@@ -144,10 +145,11 @@ DAMAGED: dict[str, tuple[bytes, str]] = {
         "claims to be 4611686018427387904 bytes",
     ),
     "string behind the end": (
-        header([struct.pack("<Q", 1 << 20) + bytes(9)]),
+        header([struct.pack("<Q", 1 << 15) + bytes(9)]),
         "only .* more: it is truncated",
     ),
     "text that is no text": (header([entry("k", 8, string(b"\xff\xfe"))]), "is not UTF-8"),
+    "absurd key": (header([entry("k" * (1 << 16), 4, bytes(4))]), "key claims to be 65536 bytes"),
     "duplicate key": (header([entry("k", 4, bytes(4))] * 2), "metadata key 'k' appears twice"),
     "unknown value type": (header([entry("k", 13, bytes(8))]), "unknown value type 13"),
     "unknown element type": (header([an_array(77, 0)]), "array of the unknown value type 77"),
@@ -205,6 +207,7 @@ def test_a_file_that_shrinks_while_it_is_read_is_refused(
 ) -> None:
     class LargerThanItIs:
         st_size = 1 << 20
+        st_mode = stat.S_IFREG
 
     monkeypatch.setattr("os.fstat", lambda _: LargerThanItIs)
 

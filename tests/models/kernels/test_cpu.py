@@ -2,8 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import logging
+import platform
+import resource
+import threading
+from collections.abc import Iterator
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -11,7 +18,7 @@ from torch import Tensor
 
 from cortex.models.batch import Batch, KVCache
 from cortex.models.kernels import compiler, cpu, ops, reference
-from cortex.models.quantization import DENSE, Part, row_bytes
+from cortex.models.quantization import DENSE, STORED, Part, row_bytes
 
 
 @pytest.fixture
@@ -23,22 +30,25 @@ def kernels() -> cpu.CpuKernels:
 
 def random_part(kind: str, rows: int, columns: int) -> Part:
     data = torch.randint(0, 256, (rows, row_bytes(kind, columns)), dtype=torch.uint8)
-    size = {"Q4_0": 18, "Q4_1": 20, "Q8_0": 34}.get(kind)
-    if size is None:
+    if kind in DENSE:
         dtype = DENSE[kind]
         return Part(kind, torch.randn(rows, columns).to(dtype).view(torch.uint8))
-    blocks = data.view(rows, -1, size)
-    fields = 2 if kind == "Q4_1" else 1
+    blocks = data.view(rows, -1, STORED[kind].block_bytes)
+    fields = 2 if kind in ("Q4_1", "Q5_1") else 1
     scales = (torch.randn(rows, blocks.size(1), fields) / 16).to(torch.float16)
     blocks[:, :, : 2 * fields] = scales.view(torch.uint8)
     return Part(kind, data)
 
 
 def sequences(
-    lengths: list[tuple[int, int]], heads: int, size: int
+    lengths: list[tuple[int, int]],
+    heads: int,
+    size: int,
+    dtype: torch.dtype = torch.float32,
+    kv_heads: int | None = None,
 ) -> tuple[Tensor, Tensor, Tensor, Batch]:
     """Queries, keys, values and batch of sequences given as (cached before, new tokens)."""
-    block_tokens, used = 4, 0
+    block_tokens, used = cpu.BLOCK_TOKENS, 0
     tables, positions = list[list[int]](), list[int]()
     for before, new in lengths:
         count = -(-(before + new) // block_tokens)
@@ -59,7 +69,9 @@ def sequences(
         empty,
         cache,
     )
-    keys, values = (torch.randn(used, block_tokens, heads // 2, size) for _ in range(2))
+    keys, values = cpu.new_cache_layer(used, kv_heads or heads // 2, size, dtype)
+    keys.copy_(torch.randn(keys.shape))
+    values.copy_(torch.randn(values.shape))
     return torch.randn(len(positions), heads, size), keys, values, batch
 
 
@@ -136,6 +148,32 @@ def test_add_agrees(kernels: cpu.CpuKernels, rows: int) -> None:
     assert torch.equal(kernels.add(x, y), x + y)
 
 
+@pytest.mark.parametrize("rows", [1, 40])
+def test_add_bias_agrees(kernels: cpu.CpuKernels, rows: int) -> None:
+    y, bias = torch.randn(rows, 33), torch.randn(33)
+
+    assert torch.equal(kernels.add_bias(y.clone(), bias), reference.add_bias(y, bias))
+
+
+def test_a_bias_is_added_in_float32_and_rounded_once() -> None:
+    y, bias = torch.randn(3, 8).bfloat16(), torch.randn(8)
+
+    assert torch.equal(ops.add_bias(y, bias), (y.float() + bias).bfloat16())
+
+
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("size", [1, 16, 40])
+def test_rms_norm_of_strided_heads_agrees(kernels: cpu.CpuKernels, heads: int, size: int) -> None:
+    x = torch.randn(20, 5, size)[:, 1 : 1 + heads]  # as queries lie among keys and values
+    weight = torch.randn(size)
+
+    y = kernels.rms_norm(x, weight, 1e-5)
+
+    torch.testing.assert_close(y, reference.rms_norm(x, weight, 1e-5))
+    flat = kernels.rms_norm(x.flatten(0, 1), weight, 1e-5)
+    assert torch.equal(y.flatten(0, 1), flat)
+
+
 @pytest.mark.parametrize("size", [1, 16, 40, 64])
 def test_rms_norm_agrees(kernels: cpu.CpuKernels, size: int) -> None:
     x, weight = torch.randn(20, size) * 9, torch.randn(size)
@@ -172,10 +210,14 @@ def test_rotation_and_rotate_agree(kernels: cpu.CpuKernels) -> None:
     torch.testing.assert_close(turned, expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
 @pytest.mark.parametrize("size", [2, 16, 40, 64, 128, 256])
-@pytest.mark.parametrize("heads", [2, 6])
-def test_attention_agrees(kernels: cpu.CpuKernels, heads: int, size: int) -> None:
-    q, keys, values, batch = sequences([(0, 9), (300, 1), (127, 3), (0, 1)], heads, size)
+@pytest.mark.parametrize(("heads", "kv_heads"), [(2, 1), (6, 3), (4, 4), (9, 3), (8, 1), (34, 2)])
+def test_attention_agrees(
+    kernels: cpu.CpuKernels, heads: int, kv_heads: int, size: int, dtype: torch.dtype
+) -> None:
+    lengths = [(0, 9), (300, 1), (127, 3), (0, 1), (511, 1), (250, 40)]
+    q, keys, values, batch = sequences(lengths, heads, size, dtype, kv_heads)
 
     out = kernels.attention(q, keys, values, batch, size**-0.5)
 
@@ -183,14 +225,81 @@ def test_attention_agrees(kernels: cpu.CpuKernels, heads: int, size: int) -> Non
     torch.testing.assert_close(out, expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_attention_of_a_token_does_not_depend_on_its_company(
+    kernels: cpu.CpuKernels, dtype: torch.dtype
+) -> None:
+    lengths = [(700, 3), (1023, 1), (0, 30), (15, 17)]
+    q, keys, values, batch = sequences(lengths, 6, 48, dtype, 2)
+    together = kernels.attention(q, keys, values, batch, 0.2)
+
+    for index, (before, new) in enumerate(lengths):
+        start = int(batch.query_starts[index])
+        for offset in range(new):
+            one = replace(
+                batch,
+                positions=torch.tensor([before + offset]),
+                query_starts=torch.tensor([0, 1], dtype=torch.int32),
+                block_tables=batch.block_tables[index : index + 1].clone(),
+            )
+            alone = kernels.attention(
+                q[start + offset : start + offset + 1], keys, values, one, 0.2
+            )
+            assert torch.equal(alone[0], together[start + offset])
+
+
+def test_attention_of_few_to_a_long_context_keeps_little_memory(kernels: cpu.CpuKernels) -> None:
+    """Its spans are shared among threads, and merged before there are too many of them."""
+    many = 15  # one less, and two threads would take a task each
+    _, keys, values, batch = sequences([(100_000, 1)], 1, 16, torch.float16, 1)
+    batch = replace(
+        batch,
+        positions=batch.positions.repeat(many),
+        query_starts=torch.arange(many + 1, dtype=torch.int32),
+        block_tables=batch.block_tables.repeat(many, 1),
+    )
+    queries = torch.randn(many, 1, 16)
+    grown, outs = list[int](), list[Tensor]()
+
+    def attend() -> None:  # in a thread of its own, which has met no such matrix before
+        before = resident_bytes()
+        outs.append(kernels.attention(queries, keys, values, batch, 0.25))
+        grown.append(resident_bytes() - before)
+
+    thread = threading.Thread(target=attend)
+    with torch_threads(2):
+        thread.start()
+        thread.join()
+    with torch_threads(1):  # then a task is a sequence
+        alone = kernels.attention(queries, keys, values, batch, 0.25)
+
+    assert torch.equal(outs[0], alone)
+    assert grown[0] < 16 * 2**20
+
+
+def resident_bytes() -> int:
+    pages = int(Path("/proc/self/statm").read_text().split()[1])
+    return pages * resource.getpagesize()
+
+
+@contextlib.contextmanager
+def torch_threads(count: int) -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_attention_to_one_overwhelming_position_is_its_value(kernels: cpu.CpuKernels) -> None:
     q, keys, values, batch = sequences([(200, 1)], 2, 16)
     keys.zero_()
-    keys[0, 0] = q[0, 0] * 1e4  # the last block, so the maximum comes after a span of others
+    keys[0, 8] = q[0, 0] * 1e4  # the last position, so the maximum comes after others
 
     out = kernels.attention(q[:, :1].expand(-1, 2, -1), keys, values, batch, 1.0)
 
-    torch.testing.assert_close(out[0, 0], values[0, 0, 0])
+    torch.testing.assert_close(out[0, 0], values[0, 8, 0])
 
 
 def test_a_nan_stays_in_its_own_sequence(kernels: cpu.CpuKernels) -> None:
@@ -203,16 +312,31 @@ def test_a_nan_stays_in_its_own_sequence(kernels: cpu.CpuKernels) -> None:
     assert out[2:].isfinite().all()
 
 
-def test_store_writes_slots_and_nothing_else(kernels: cpu.CpuKernels) -> None:
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_store_writes_slots_and_nothing_else(kernels: cpu.CpuKernels, dtype: torch.dtype) -> None:
     k, v = torch.randn(3, 6, 8)[:, 1:3], torch.randn(3, 2, 8)
-    slots = torch.tensor([5, 0, 11])
-    ours = [torch.zeros(3, 4, 2, 8) for _ in range(2)]
-    theirs = [torch.zeros(3, 4, 2, 8) for _ in range(2)]
+    slots = torch.tensor([5, 0, 31])
+    ours, theirs = (cpu.new_cache_layer(3, 2, 8, dtype) for _ in range(2))
+    for cache in (*ours, *theirs):
+        cache.zero_()
 
-    kernels.store(k, v, ours[0], ours[1], slots)
+    kernels.store(k, v, *ours, slots)
 
-    reference.store(k, v, theirs[0], theirs[1], slots)
+    reference.store(k, v, *theirs, slots)
     assert torch.equal(torch.stack(ours), torch.stack(theirs))
+
+
+def test_what_is_too_large_for_float16_is_stored_as_its_largest_number(
+    kernels: cpu.CpuKernels,
+) -> None:
+    k = torch.tensor([[[1e6, -1e30, 65519.0, 1e-9, torch.nan, torch.inf, -0.0, 6e-8]]])
+    keys, values = cpu.new_cache_layer(1, 1, 8, torch.float16)
+
+    kernels.store(k, k, keys, values, torch.tensor([3]))
+
+    stored = torch.tensor([65504.0, -65504.0, 65504.0, 0.0, torch.nan, 65504.0, -0.0, 6e-8]).half()
+    for cache in (keys, values):
+        torch.testing.assert_close(cache[0, 3, 0], stored, rtol=0, atol=0, equal_nan=True)
 
 
 def test_heads_too_large_for_the_kernel_go_to_torch() -> None:
@@ -263,15 +387,94 @@ def test_plain_torch_unpacks_a_large_matrix_in_pieces(monkeypatch: pytest.Monkey
     assert unpacked == [7] * 7 + [1]
 
 
-def test_no_memory_is_an_error(kernels: cpu.CpuKernels, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Exhausted:
-        def cortex_linear(self, *_: object) -> int:
-            return -1
-
-    monkeypatch.setattr(kernels, "c", Exhausted())
+@pytest.mark.parametrize("is_tiled", [False, True])
+def test_no_memory_is_an_error(
+    kernels: cpu.CpuKernels, monkeypatch: pytest.MonkeyPatch, is_tiled: bool
+) -> None:
+    part = random_part("Q4_0", 1, 32)
+    part = kernels.tile(part) if is_tiled else part
+    monkeypatch.setattr(kernels, "do", lambda *_: -1)
 
     with pytest.raises(MemoryError):
-        kernels.linear(torch.ones(1, 32), [random_part("Q4_0", 1, 32)])
+        kernels.linear(torch.ones(1, 32), [part])
+
+
+QUANTISED = [kind for kind in cpu.KINDS if kind not in DENSE]
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 5, 9, 33])
+@pytest.mark.parametrize(("outputs", "columns"), [(64, 96), (37, 32), (1, 128)])
+def test_a_product_with_tiles_agrees(
+    kernels: cpu.CpuKernels, kind: str, rows: int, outputs: int, columns: int
+) -> None:
+    part, x = random_part(kind, outputs, columns), torch.randn(rows, columns)
+
+    y = kernels.linear(x, [kernels.tile(part)])
+
+    exact = x.double() @ reference.dequantize(kind, part.data).double().T
+    size = x.double().abs() @ reference.dequantize(kind, part.data).double().abs().T
+    assert ((y - exact).abs() <= 5e-5 * size + 1e-12).all()
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_a_row_times_tiles_does_not_depend_on_the_other_rows(
+    kernels: cpu.CpuKernels, kind: str
+) -> None:
+    part, x = kernels.tile(random_part(kind, 50, 96)), torch.randn(21, 96)
+    alone = torch.cat([kernels.linear(row[None], [part]) for row in x])
+
+    for rows in (2, 3, 4, 5, 8, 9, 21):
+        assert torch.equal(kernels.linear(x[:rows], [part]), alone[:rows])
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_rows_of_tiles_are_those_of_the_file(kernels: cpu.CpuKernels, kind: str) -> None:
+    part, ids = random_part(kind, 37, 96), torch.tensor([0, 36, 15, 16, 36])
+
+    assert torch.equal(kernels.rows(kernels.tile(part), ids), reference.rows(part, ids))
+    with pytest.raises(IndexError):
+        kernels.rows(kernels.tile(part), torch.tensor([37]))
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_tiles_take_no_more_memory_than_whole_tiles_of_rows(
+    kernels: cpu.CpuKernels, kind: str
+) -> None:
+    part = random_part(kind, 33, 64)
+
+    tiled = kernels.tile(part)
+
+    assert tiled.data.numel() == part.data.numel() // 33 * 48
+    assert (tiled.rows, tiled.columns) == (33, 64)
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_stays_so_and_in_its_row(kernels: cpu.CpuKernels, value: float) -> None:
+    part, x = kernels.tile(random_part("Q4_1", 40, 64)), torch.randn(9, 64)
+    calm = kernels.linear(x, [part])
+    x[4, 40] = value
+
+    y = kernels.linear(x, [part])
+
+    assert not y[4].isfinite().any()
+    others = [0, 1, 2, 3, 5, 6, 7, 8]
+    assert torch.equal(y[others], calm[others])
+
+
+def test_activations_of_any_size_keep_sixteen_bits(kernels: cpu.CpuKernels) -> None:
+    part = random_part("Q8_0", 16, 32)
+    for size in (1e-20, 1.0, 1e20):
+        x = torch.randn(1, 32) * size
+        weights = reference.dequantize("Q8_0", part.data).double().T
+        y = kernels.linear(x, [kernels.tile(part)])
+        assert ((y - x.double() @ weights).abs() <= 5e-5 * (x.double().abs() @ weights.abs())).all()
+
+
+def test_take_agrees(kernels: cpu.CpuKernels) -> None:
+    x, ids = torch.randn(7, 24), torch.tensor([6, 0, 3])
+
+    assert torch.equal(kernels.take(x, ids), x[ids])
 
 
 def test_without_kernels_one_warning_says_what_is_lost(
@@ -288,3 +491,54 @@ def test_without_kernels_one_warning_says_what_is_lost(
     (record,) = caplog.records
     assert "many times slower" in record.message
     assert "no C compiler is installed" in record.message
+
+
+@pytest.fixture(scope="module")
+def other_kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, cpu.CpuKernels]:
+    """The same source for older CPUs of this kind."""
+    compiled = {}
+    for name, flags in OLDER.get(platform.machine(), {}).items():
+        path = tmp_path_factory.mktemp("kernels") / f"{name}.so"
+        kept = [flag for flag in compiler.FLAGS if flag not in {compiler.NATIVE, "-O3"}]
+        compiler._run("cc", *kept, "-O1", *flags, "-o", str(path), str(compiler.SOURCE), "-lm")
+        compiled[name] = cpu.CpuKernels(ctypes.CDLL(str(path)))
+    return compiled
+
+
+OLDER = {
+    "x86_64": {"avx2": ["-mavx2", "-mfma", "-mf16c"], "avx2 without fma": ["-mavx2"], "plain": []}
+}
+
+
+@pytest.mark.parametrize("kind", QUANTISED)
+def test_older_cpus_compute_the_same(
+    kernels: cpu.CpuKernels, other_kernels: dict[str, cpu.CpuKernels], kind: str
+) -> None:
+    part, x = random_part(kind, 50, 96), torch.randn(9, 96)
+    expected = kernels.linear(x, [kernels.tile(part)])
+
+    for name, other in other_kernels.items():
+        assert torch.equal(other.tile(part).data, kernels.tile(part).data)
+        found = other.linear(x, [other.tile(part)])
+        # without fused multiply-adds each block of a sum is rounded twice
+        tolerance = 0.0 if name == "avx2" else 1e-5
+        torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)
+def test_older_cpus_attend_the_same(
+    kernels: cpu.CpuKernels, other_kernels: dict[str, cpu.CpuKernels], dtype: torch.dtype
+) -> None:
+    q, keys, values, batch = sequences([(300, 3), (0, 20)], 6, 40, dtype, 2)
+    expected = kernels.attention(q, keys, values, batch, 0.2)
+    k = torch.randn(1, 2, 40) * torch.tensor(10.0) ** torch.arange(-20, 20)
+
+    for other in other_kernels.values():
+        found = other.attention(q, keys, values, batch, 0.2)
+        torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
+        ours, theirs = (cpu.new_cache_layer(1, 2, 40, dtype) for _ in range(2))
+        for cache in (*ours, *theirs):
+            cache.zero_()
+        kernels.store(k, k, *ours, torch.tensor([5]))
+        other.store(k, k, *theirs, torch.tensor([5]))
+        assert torch.equal(torch.stack(ours), torch.stack(theirs))

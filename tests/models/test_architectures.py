@@ -1,4 +1,4 @@
-"""Llama against transformers, and what it promises of batches and chunks."""
+"""Each architecture against transformers, and what all promise of batches and chunks."""
 
 from __future__ import annotations
 
@@ -9,13 +9,22 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import LlamaForCausalLM
+from transformers import AutoModelForCausalLM
 
 from cortex.models.kernels import cpu
-from cortex.models.llama import LlamaConfig
 from cortex.models.weights import LoadedModel
-from tiny_models import Player, loaded, random_llama, reference_logits, saved_llama, some_tokens
+from tiny_models import (
+    Player,
+    loaded,
+    random_model,
+    reference_logits,
+    saved_model,
+    some_tokens,
+    write_gguf,
+)
 
+ARCHITECTURES = ("llama", "qwen2", "qwen3")
+ROTARY_BASE = {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
 VARIANTS: dict[str, dict[str, Any]] = {
     "untied": {},
     "tied": {"tie_word_embeddings": True},
@@ -23,14 +32,20 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "one key for all": {"num_key_value_heads": 1},
     "explicit head size": {"head_dim": 32},
     "sizes that fill no vector": {"hidden_size": 40, "intermediate_size": 51, "head_dim": 10},
-    "another theta": {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}},
+    "another theta": ROTARY_BASE,
+    "a window that is not used": {"use_sliding_window": False, "sliding_window": 3},
 }
+MODELS = [
+    *[("llama", variant) for variant in VARIANTS if "window" not in variant],
+    *[("qwen2", variant) for variant in VARIANTS],
+    *[("qwen3", variant) for variant in VARIANTS],
+]
 
 
-@pytest.fixture(scope="module")
-def tiny(tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
+@pytest.fixture(scope="module", params=ARCHITECTURES)
+def tiny(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> LoadedModel:
     directory = tmp_path_factory.mktemp("tiny")
-    saved_llama(directory)
+    saved_model(directory, request.param)
     return loaded(directory)
 
 
@@ -39,20 +54,52 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "kernels", lambda: None)
 
 
-@pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_equal_those_of_transformers(tmp_path: Path, variant: str) -> None:
-    reference = saved_llama(tmp_path, **VARIANTS[variant])
+@pytest.mark.parametrize(("model_type", "variant"), MODELS)
+def test_logits_equal_those_of_transformers(tmp_path: Path, model_type: str, variant: str) -> None:
+    reference = saved_model(tmp_path, model_type, **VARIANTS[variant])
     tokens = some_tokens(30)
 
     logits = Player(loaded(tmp_path)).step(a=tokens)["a"]
 
-    torch.testing.assert_close(logits, reference_logits(reference, tokens), rtol=1e-4, atol=1e-4)
+    expected = reference_logits(reference, tokens)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(logits.argmax(-1), expected.argmax(-1))
 
 
+def test_mistral_without_a_window_is_llama(tmp_path: Path) -> None:
+    reference = saved_model(tmp_path, "mistral", sliding_window=None, head_dim=32)
+    tokens = some_tokens(30)
+
+    logits = Player(loaded(tmp_path)).step(a=tokens)["a"]
+
+    expected = reference_logits(reference, tokens)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+@pytest.mark.parametrize("kind", ["F32", "F16", "Q5_0", "Q8_0"])
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_a_gguf_file_gives_the_logits_of_transformers_on_its_values(
+    tmp_path: Path, model_type: str, kind: str, *, tied: bool
+) -> None:
+    reference = random_model(model_type, tie_word_embeddings=tied, **ROTARY_BASE)
+    write_gguf(tmp_path / "tiny.gguf", reference, kind)
+    tokens = some_tokens(30)
+
+    logits = Player(loaded(tmp_path / "tiny.gguf")).step(a=tokens)["a"]
+
+    expected = reference_logits(reference, tokens)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(logits.argmax(-1), expected.argmax(-1))
+
+
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_16_bit_checkpoints_compute_in_float32_on_a_cpu(tmp_path: Path, dtype: torch.dtype) -> None:
-    random_llama().to(dtype).save_pretrained(tmp_path)
-    reference = LlamaForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+def test_16_bit_checkpoints_compute_in_float32_on_a_cpu(
+    tmp_path: Path, dtype: torch.dtype, model_type: str
+) -> None:
+    random_model(model_type).to(dtype).save_pretrained(tmp_path)
+    reference = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
     tokens = some_tokens(20)
 
     logits = Player(loaded(tmp_path)).step(a=tokens)["a"]
@@ -62,8 +109,11 @@ def test_16_bit_checkpoints_compute_in_float32_on_a_cpu(tmp_path: Path, dtype: t
 
 
 @pytest.mark.usefixtures("without_kernels")
-def test_logits_equal_those_of_transformers_without_kernels_too(tmp_path: Path) -> None:
-    reference = saved_llama(tmp_path)
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_logits_equal_those_of_transformers_without_kernels_too(
+    tmp_path: Path, model_type: str
+) -> None:
+    reference = saved_model(tmp_path, model_type)
     tokens = some_tokens(30)
     player = Player(loaded(tmp_path))
 
@@ -72,18 +122,54 @@ def test_logits_equal_those_of_transformers_without_kernels_too(tmp_path: Path) 
     torch.testing.assert_close(logits, reference_logits(reference, tokens), rtol=1e-4, atol=1e-4)
 
 
-def test_a_16_bit_width_is_taken_at_its_word(tmp_path: Path) -> None:
-    reference = saved_llama(tmp_path)
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_16_bit_width_is_taken_at_its_word(
+    tmp_path: Path, dtype: torch.dtype, model_type: str
+) -> None:
+    reference = saved_model(tmp_path, model_type)
     tokens = some_tokens(30)
-    model = loaded(tmp_path, dtype="bfloat16")
+    model = loaded(tmp_path, dtype=str(dtype).removeprefix("torch."))
     player = Player(model)
 
     logits = player.step(a=tokens)["a"]
 
     expected = reference_logits(reference, tokens)
-    assert model.kv_dtype == player.cache.keys[0].dtype == torch.bfloat16
+    assert model.kv_dtype == player.cache.keys[0].dtype == dtype
     assert logits.dtype == torch.float32
     assert torch.corrcoef(torch.stack([logits.flatten(), expected.flatten()]))[0, 1] > 0.999
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_hidden_states_are_those_behind_the_final_norm(
+    tmp_path: Path, model_type: str, dtype: str
+) -> None:
+    reference = saved_model(tmp_path, model_type)
+    tokens = some_tokens(30)
+    model = loaded(tmp_path, dtype=dtype)
+    batch = Player(model).batch({"a": tokens})
+    object.__setattr__(batch, "sampled", torch.tensor([29]))
+
+    with torch.inference_mode():
+        hidden = model.module.hidden(batch)
+        expected = reference.model(torch.tensor([tokens])).last_hidden_state[0]
+
+    tolerance = 1e-4 if dtype == "float32" else 0.2
+    assert hidden.dtype == torch.float32
+    torch.testing.assert_close(hidden, expected, rtol=tolerance, atol=tolerance)
+
+
+def test_hidden_states_do_not_depend_on_company_or_chunks(tiny: LoadedModel) -> None:
+    tokens = some_tokens(40)
+    alone, player = Player(tiny), Player(tiny)
+    with torch.inference_mode():
+        whole = tiny.module.hidden(alone.batch({"a": tokens}))
+
+        first = tiny.module.hidden(player.batch({"a": tokens[:9], "b": some_tokens(20, seed=1)}))
+        second = tiny.module.hidden(player.batch({"b": [7], "a": tokens[9:]}))
+
+    assert torch.equal(torch.cat([first[:9], second[1:]]), whole)
 
 
 def test_prefill_then_decode_equals_prefill_bitwise(tiny: LoadedModel) -> None:
@@ -174,63 +260,3 @@ def test_a_step_that_samples_nothing_has_no_logits(tiny: LoadedModel) -> None:
 def test_a_token_outside_the_vocabulary_is_an_error(tiny: LoadedModel) -> None:
     with pytest.raises(IndexError):
         Player(tiny).step(a=[tiny.vocab_size])
-
-
-CONFIG = {
-    "hidden_size": 64,
-    "intermediate_size": 96,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 4,
-    "vocab_size": 100,
-    "rms_norm_eps": 1e-5,
-    "max_position_embeddings": 512,
-}
-
-
-def test_config_json_may_leave_out_what_transformers_defaults() -> None:
-    config = LlamaConfig.from_json(CONFIG)
-
-    assert (config.num_key_value_heads, config.head_dim) == (4, 16)
-    assert (config.rope_theta, config.tie_word_embeddings) == (10000.0, False)
-
-
-@pytest.mark.parametrize(
-    "rope",
-    [
-        {"rope_theta": 5e5},
-        {"rope_theta": 5e5, "rope_scaling": None},
-        {"rope_parameters": {"rope_theta": 5e5, "rope_type": "default"}},
-    ],
-)
-def test_both_spellings_of_the_rotary_base_are_read(rope: dict[str, Any]) -> None:
-    assert LlamaConfig.from_json({**CONFIG, **rope}).rope_theta == 5e5
-
-
-@pytest.mark.parametrize(
-    ("variant", "says"),
-    [
-        ({"hidden_act": "gelu"}, "hidden_act = 'gelu'"),
-        ({"attention_bias": True}, "attention_bias"),
-        ({"mlp_bias": True}, "mlp_bias"),
-        ({"rope_scaling": {"rope_type": "llama3", "factor": 8.0}}, "llama3"),
-        ({"rope_scaling": {"type": "linear", "factor": 2.0}}, "linear"),
-        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4}}, "yarn"),
-        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor"),
-        ({"rope_parameters": {"partial_rotary_factor": 0.5}}, "partial_rotary_factor"),
-        ({"sliding_window": 4096}, "sliding_window"),
-        ({"num_local_experts": 8}, "num_local_experts"),
-        ({"quantization_config": {"quant_method": "awq"}}, "quantization_config"),
-        ({"num_key_value_heads": 3}, "do not divide"),
-        ({"head_dim": 15}, "odd"),
-        ({"hidden_size": 0}, "hidden_size"),
-        ({"vocab_size": 1 << 40}, "vocab_size"),
-        ({"vocab_size": "many"}, "vocab_size"),
-        ({"rms_norm_eps": "tiny"}, "tiny"),
-        ({"rope_theta": -1.0}, "rope_theta"),
-        ({"rope_scaling": "linear"}, "no object"),
-        ({"num_attention_heads": None}, "num_attention_heads"),
-    ],
-)
-def test_a_variant_that_is_not_implemented_is_refused(variant: dict[str, Any], says: str) -> None:
-    with pytest.raises(ValueError, match=says):
-        LlamaConfig.from_json({**CONFIG, **variant})

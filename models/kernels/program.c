@@ -1,0 +1,63 @@
+/* A step as a list of operations: recorded once per model (program.py), run by one call.
+ *
+ * An operation's arguments are fixed but for three counts, which the step brings: how many tokens
+ * there are, how many of them have logits, and of how many sequences they are.
+ */
+
+enum { /* in the order of OPERATIONS in op.py */
+    ROWS_OP, TILED_ROWS_OP, TAKE_OP, ADD_OP, LINEAR_OP, TILED_LINEAR_OP, ADD_BIAS_OP, RMS_NORM_OP,
+    SILU_MULTIPLY_OP, ROTATION_OP, ROTATE_OP, STORE_OP, ATTENTION_OP, OPERATIONS
+};
+
+typedef union {
+    int64_t i;
+    const void *p;
+    float f;
+} Value;
+
+typedef struct {
+    int32_t code, is_sampled; /* its rows are those with logits, not all tokens */
+    Value a[14];              /* without the counts and the threads */
+} Op;
+
+typedef struct {
+    int32_t tokens, sampled, sequences, threads;
+} Step;
+
+#define I(n) ((int)o->a[n].i)
+#define L(n) (o->a[n].i)
+#define P(n) ((void *)o->a[n].p)
+#define F(n) (o->a[n].f)
+
+static int run_op(const Op *o, const Step *step) {
+    const int M = o->is_sampled ? step->sampled : step->tokens, T = step->threads;
+    switch (o->code) {
+    case ROWS_OP: return cortex_rows(I(0), P(1), L(2), P(3), P(4), M, L(5), I(6));
+    case TILED_ROWS_OP: return cortex_tiled_rows(I(0), P(1), P(2), P(3), M, L(4), I(5));
+    case TAKE_OP: cortex_take(P(0), P(1), P(2), step->sampled, I(3)); break;
+    case ADD_OP: cortex_add(P(0), P(1), P(2), M, I(3), T); break;
+    case LINEAR_OP: return cortex_linear(I(0), P(1), L(2), P(3), P(4), L(5), M, I(6), I(7), T);
+    case TILED_LINEAR_OP: return cortex_tiled_linear(I(0), P(1), P(2), P(3), L(4), M, I(5), I(6), T);
+    case ADD_BIAS_OP: cortex_add_bias(P(0), P(1), M, I(2), T); break;
+    case RMS_NORM_OP: cortex_rms_norm(P(0), L(1), P(2), P(3), M, I(4), I(5), F(6), T); break;
+    case SILU_MULTIPLY_OP: cortex_silu_multiply(P(0), P(1), M, I(2), T); break;
+    case ROTATION_OP: cortex_rotation(P(0), P(1), P(2), P(3), M, I(4)); break;
+    case ROTATE_OP: cortex_rotate(P(0), L(1), P(2), P(3), P(4), M, I(5), I(6)); break;
+    case STORE_OP: cortex_store(P(0), P(1), L(2), L(3), P(4), P(5), P(6), I(7), M, I(8), I(9)); break;
+    case ATTENTION_OP:
+        return cortex_attention(P(0), P(1), P(2), I(3), P(4), I(5), P(6), step->sequences, P(7), P(8), I(9),
+                                I(10), I(11), F(12), T);
+    }
+    return 0;
+}
+
+/* Run *count* operations in order; where *seconds* is given, add to it the time of each kind.
+ * Returns -1 as soon as one fails. */
+int cortex_run(const Op *ops, int count, const Step *step, double *seconds) {
+    for (int i = 0; i < count; i++) {
+        const int64_t began = seconds ? nanoseconds() : 0;
+        if (run_op(ops + i, step)) return -1;
+        if (seconds) seconds[ops[i].code] += (nanoseconds() - began) * 1e-9;
+    }
+    return 0;
+}

@@ -1,0 +1,250 @@
+"""A model's step on a CPU as one call: its operations are recorded once and run as a list.
+
+    record   the model is called with a batch of buffers; every operation is written down with the
+             addresses it works on instead of being run
+    run      the step's tensors are copied into those buffers, and program.c does the rest
+
+Nothing is known of a model here: whatever it makes of the operations of ``ops`` is recorded. It may
+look at tensors in other ways, by views, but not compute with them otherwise: such a model is not
+recorded and runs operation by operation, which is also the way to debug one.
+
+Intermediate results lie in buffers that are used again as soon as the model has let go of them.
+Buffers have room for a number of tokens; a larger step records the model anew.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from cortex.models.batch import Batch, KVCache
+from cortex.models.kernels.cpu import RECORDING, CpuKernels
+from cortex.models.kernels.op import OPERATIONS, Op, Step
+
+Model = Callable[[Batch], Tensor]
+ALIGNMENT = 64
+NEW_MEMORY = {torch.ops.aten.empty.memory_format}
+"""What the recorder itself asks of torch; a model that writes there has to compute first."""
+
+log = logging.getLogger(__name__)
+
+
+class NotRecordable(Exception):
+    """The model computes something that is none of the operations; the text says what."""
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """For how much a program has buffers."""
+
+    tokens: int
+    sampled: int
+    sequences: int
+    blocks: int  # of a sequence
+
+    @classmethod
+    def for_batch(cls, batch: Batch) -> Room:
+        """Return room for *batch*, and for others up to twice as large."""
+        sequences, blocks = batch.block_tables.shape
+        counts = (batch.token_ids.size(0), batch.sampled.size(0), sequences, blocks)
+        return cls(*(1 << (count - 1).bit_length() for count in counts))
+
+    def covers(self, other: Room) -> bool:
+        """Whether there is as much room as in *other*."""
+        return (
+            self.tokens >= other.tokens
+            and self.sampled >= other.sampled
+            and self.sequences >= other.sequences
+            and self.blocks >= other.blocks
+        )
+
+    def and_more(self, other: Room) -> Room:
+        """Return room for both."""
+        return Room(
+            max(self.tokens, other.tokens),
+            max(self.sampled, other.sampled),
+            max(self.sequences, other.sequences),
+            max(self.blocks, other.blocks),
+        )
+
+
+class Program:
+    """A recorded model; calling it is calling the model. The logits are valid until the next call.
+
+    *kernels* are the compiled operations of ``cpu``.
+    """
+
+    def __init__(self, model: Model, cache: KVCache, kernels: CpuKernels) -> None:
+        self._model = model
+        self._cache = cache
+        self._kernels = kernels
+        self._recording: _Recording | None = None
+        self._is_recordable = True
+        self._seconds: Any = None
+
+    def __call__(self, batch: Batch) -> Tensor:
+        """Return the logits [R, V]."""
+        if self._is_recordable:
+            try:
+                return self._recorded(batch).run(batch, self._seconds)
+            except NotRecordable as exc:
+                self._is_recordable = False
+                log.warning("the model runs operation by operation, which is slower: %s", exc)
+        return self._model(batch)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory of the intermediate results."""
+        return self._recording.buffer_bytes if self._recording else 0
+
+    def profile(self) -> Mapping[str, float]:
+        """Return the seconds spent in each kind of operation since the last call; 0 at the first.
+
+        Time is taken from the first call on.
+        """
+        seconds, self._seconds = self._seconds, (ctypes.c_double * len(OPERATIONS))()
+        return dict(zip(OPERATIONS, seconds or [0.0] * len(OPERATIONS), strict=True))
+
+    def _recorded(self, batch: Batch) -> _Recording:
+        needed, recording = Room.for_batch(batch), self._recording
+        if recording is None or not recording.room.covers(needed):
+            room = needed if recording is None else needed.and_more(recording.room)
+            self._recording = recording = None  # its buffers go before new ones come
+            self._recording = recording = _Recording(self._model, self._cache, self._kernels, room)
+        return recording
+
+
+class _Recording:
+    """The operations of one model for up to so many tokens, and their buffers."""
+
+    def __init__(self, model: Model, cache: KVCache, kernels: CpuKernels, room: Room) -> None:
+        self.room = room
+        self._library = kernels.library
+        self._inputs = _inputs(room, cache)
+        recorder = _Recorder(kernels, self._inputs, room)
+        with _OnlyViews():  # type: ignore[no-untyped-call] # torch's
+            token = RECORDING.set(recorder)
+            try:
+                self._logits = model(self._inputs)
+            finally:
+                RECORDING.reset(token)
+        self._ops = (Op * len(recorder.ops))(*recorder.ops)
+        self._slabs = recorder.slabs  # which the operations work on
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Memory of the intermediate results."""
+        return sum(slab.numel() for slab in self._slabs)
+
+    def run(self, batch: Batch, seconds: Any) -> Tensor:
+        """Return the logits of *batch*."""
+        inputs = self._inputs
+        sequences, blocks = batch.block_tables.shape
+        tokens, sampled = batch.token_ids.size(0), batch.sampled.size(0)
+        inputs.token_ids[:tokens] = batch.token_ids
+        inputs.positions[:tokens] = batch.positions
+        inputs.slots[:tokens] = batch.slots
+        inputs.query_starts[: sequences + 1] = batch.query_starts
+        inputs.context_tokens[:sequences] = batch.context_tokens
+        inputs.block_tables[:sequences, :blocks] = batch.block_tables
+        inputs.sampled[:sampled] = batch.sampled
+        step = Step(tokens, sampled, sequences, torch.get_num_threads())
+        failed = self._library.cortex_run(
+            ctypes.addressof(self._ops), len(self._ops), ctypes.addressof(step), seconds
+        )
+        if failed:
+            raise RuntimeError(
+                "an operation of the step failed: a token id out of range, or no memory"
+            )
+        return self._logits[:sampled]
+
+
+class _Recorder(CpuKernels):
+    """Writes operations down; what they return has a place, and nothing in it yet."""
+
+    def __init__(self, kernels: CpuKernels, inputs: Batch, room: Room) -> None:
+        self.library = kernels.library
+        self.ops: list[Op] = []
+        self.slabs: list[Tensor] = []
+        self._free: list[Tensor] = []
+        self._room = room
+        self._is_sampled = {
+            inputs.token_ids.data_ptr(): False,
+            inputs.positions.data_ptr(): False,
+            inputs.sampled.data_ptr(): True,
+        }
+
+    def new(self, like: Tensor, *columns: int) -> Tensor:
+        """Return a place for as many rows as *like* has."""
+        is_sampled = self._has_logits(like)
+        rows = self._room.sampled if is_sampled else self._room.tokens
+        count = rows
+        for size in columns:
+            count *= size
+        slab = self._slab(count * 4)
+        self._is_sampled[slab.data_ptr()] = is_sampled
+        lease = (ctypes.c_char * (count * 4)).from_address(slab.data_ptr())
+        weakref.finalize(lease, self._free.append, slab)  # once no tensor looks at it any more
+        return torch.frombuffer(lease, dtype=torch.float32).view(rows, *columns)
+
+    def do(self, name: str, rows_of: Tensor, *arguments: float, sequences: int = 0) -> int:
+        """Write the operation down."""
+        del sequences  # the step brings it
+        self.ops.append(Op.of(name, arguments, is_sampled=self._has_logits(rows_of)))
+        return 0
+
+    def _has_logits(self, x: Tensor) -> bool:
+        return self._is_sampled[x.untyped_storage().data_ptr()]
+
+    def _slab(self, size: int) -> Tensor:
+        """Return memory of at least *size* bytes: the smallest that is free, else new."""
+        fitting = [at for at, slab in enumerate(self._free) if slab.numel() >= size]
+        if fitting:  # the list stays the same one: every lease gives its slab back to it
+            return self._free.pop(min(fitting, key=lambda at: self._free[at].numel()))
+        slab = torch.empty(-(-size // ALIGNMENT) * ALIGNMENT, dtype=torch.uint8)
+        self.slabs.append(slab)
+        return slab
+
+
+def _inputs(room: Room, cache: KVCache) -> Batch:
+    def zeros(*shape: int, dtype: torch.dtype) -> Tensor:
+        return torch.zeros(shape, dtype=dtype)
+
+    return Batch(
+        token_ids=zeros(room.tokens, dtype=torch.int64),
+        positions=zeros(room.tokens, dtype=torch.int64),
+        slots=zeros(room.tokens, dtype=torch.int64),
+        query_starts=zeros(room.sequences + 1, dtype=torch.int32),
+        context_tokens=zeros(room.sequences, dtype=torch.int32),
+        block_tables=zeros(room.sequences, room.blocks, dtype=torch.int32),
+        sampled=zeros(room.sampled, dtype=torch.int64),
+        cache=cache,
+    )
+
+
+class _OnlyViews(TorchDispatchMode):  # type: ignore[no-untyped-call] # torch's
+    """Refuses what would compute something that the recording does not see."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Spare every device process the import of torch's compiler, 0.9 s and 75 MB."""
+        return False
+
+    def __torch_dispatch__(
+        self,
+        func: Any,
+        _types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if not func.is_view and func not in NEW_MEMORY:
+            raise NotRecordable(f"it uses {func}")
+        return func(*args, **(kwargs or {}))
