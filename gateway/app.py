@@ -8,7 +8,7 @@ stop     what still runs ends with an error, ports closed
 
 from __future__ import annotations
 
-import ipaddress
+import asyncio
 from contextlib import AsyncExitStack
 from types import TracebackType
 from typing import Self
@@ -20,8 +20,9 @@ from cortex.gateway.auth import authenticating
 from cortex.gateway.background import Background
 from cortex.gateway.catalogue import BUILT_IN, Catalogue
 from cortex.gateway.config import GatewayConfig
+from cortex.gateway.credentials import Credentials
 from cortex.gateway.door import Door
-from cortex.gateway.errors import errors_in_dialect, reason_of
+from cortex.gateway.errors import errors_in_dialect, reason_of, refuse
 from cortex.gateway.eviction import EvictionPolicy, NothingIsEvicted
 from cortex.gateway.fleet import Fleet
 from cortex.gateway.lifecycle import Lifecycle
@@ -31,9 +32,9 @@ from cortex.gateway.proxy import Proxy
 from cortex.gateway.request_id import identify, name_the_answer
 from cortex.gateway.routes import SERVICES, Services, add_routes
 from cortex.gateway.upstream import NodeClient
-from cortex.ipc.node_api import MAX_BODY_BYTES
+from cortex.ipc.http_server import HttpRunner
 from cortex.ipc.service_manager import feed_watchdog, notify
-from cortex.ipc.settings import split_address
+from cortex.ipc.settings import is_loopback, split_address
 
 CLOSING_SECONDS = 1.0
 """What the ports give to connections when they close; requests have been waited for before."""
@@ -45,8 +46,9 @@ log = structlog.get_logger()
 class CannotListen(Exception):
     """A port is taken, or is not ours to take."""
 
-    def __init__(self, address: str, error: OSError) -> None:
-        super().__init__(f"cannot listen on {address}: {reason_of(error)}")
+    def __init__(self, address: str, error: OSError | UnicodeError) -> None:
+        why = reason_of(error) if isinstance(error, OSError) else "this is no name of a host"
+        super().__init__(f"cannot listen on {address}: {why}")
 
 
 class Gateway:
@@ -60,11 +62,12 @@ class Gateway:
     ) -> None:
         self.config = config
         self.catalogue = catalogue
+        self.credentials = Credentials(config.neurons)
         self.door = Door()
         self.fleet = Fleet(config.neurons)
         self.metrics = Metrics(self.fleet)
         self._background = Background()
-        self._client = NodeClient(config.timeouts)
+        self._client = NodeClient(config.timeouts, self.credentials)
         self.poller = Poller(self.fleet, self._client, config.timeouts)
         self.lifecycle = Lifecycle(
             fleet=self.fleet,
@@ -80,6 +83,8 @@ class Gateway:
         self._stack = AsyncExitStack()
 
     async def __aenter__(self) -> Self:
+        """Start; raise ConfigError for a file that *config* names, or CannotListen."""
+        await asyncio.to_thread(self.credentials.read)
         async with AsyncExitStack() as stack:
             await stack.enter_async_context(self._client)
             await stack.enter_async_context(self._background)
@@ -91,8 +96,10 @@ class Gateway:
             self._background.start(feed_watchdog(), "watchdog")
             self._stack = stack.pop_all()
         log.info("gateway listening", url=self.url, metrics_url=self.metrics_url)
-        if not (is_local(self.config.gateway.listen) or self.config.entitlements.require_auth):
+        host, _ = split_address(self.config.gateway.listen)
+        if not (is_loopback(host) or self.config.entitlements.require_auth):
             log.warning("anybody who reaches this port may use it", url=self.url)
+        self.credentials.warn()
         notify("READY=1")
         return self
 
@@ -139,8 +146,7 @@ class Gateway:
 def build_app(services: Services) -> web.Application:
     """Return the application of the main port."""
     app = web.Application(
-        middlewares=[identify, errors_in_dialect, authenticating(services.config.entitlements)],
-        client_max_size=MAX_BODY_BYTES,
+        middlewares=[identify, errors_in_dialect, authenticating(services.config.entitlements)]
     )
     app[SERVICES] = services
     app.on_response_prepare.append(name_the_answer)
@@ -159,27 +165,16 @@ def build_metrics_app(metrics: Metrics) -> web.Application:
     return app
 
 
-def is_local(address: str) -> bool:
-    """Whether only this host can reach *address*."""
-    host, _ = split_address(address)
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return host == "localhost"
-
-
 async def _listen(stack: AsyncExitStack, app: web.Application, address: str) -> str:
     """Serve *app* at *address* and return its URL; raise CannotListen."""
     host, port = split_address(address)
-    runner = web.AppRunner(
-        app, access_log=None, handler_cancellation=True, shutdown_timeout=CLOSING_SECONDS
-    )
+    runner = HttpRunner(app, refuse, shutdown_timeout=CLOSING_SECONDS)
     await runner.setup()
     stack.push_async_callback(runner.cleanup)
     site = web.TCPSite(runner, host, port, backlog=1024)
     try:
         await site.start()
-    except OSError as exc:
+    except (OSError, UnicodeError) as exc:
         raise CannotListen(address, exc) from exc
     shown = f"[{host}]" if ":" in host else host
     return f"http://{shown}:{runner.addresses[0][1]}"

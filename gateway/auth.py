@@ -6,8 +6,7 @@ unknown one is nobody's: clients send placeholders. Where they are required it i
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import structlog
@@ -17,6 +16,7 @@ from aiohttp.typedefs import Handler, Middleware
 from cortex.gateway.catalogue import Catalogue
 from cortex.gateway.config import Entitlements, Key
 from cortex.ipc.errors import InvalidApiKey, ModelNotAllowed
+from cortex.ipc.keys import digest, keys_in
 
 PUBLIC = frozenset({("GET", "/"), ("HEAD", "/"), ("HEAD", "/api/hello"), ("GET", "/health")})
 log = structlog.get_logger()
@@ -49,29 +49,16 @@ class Keys:
     """The keys of the configuration, by digest, so that a look-up tells nothing by its time."""
 
     def __init__(self, keys: Iterable[Key]) -> None:
-        self._principals = {_digest(key.key): _principal(key) for key in keys}
+        self._principals = {digest(key.key): _principal(key) for key in keys}
 
     def principal(self, keys: Iterable[str]) -> Principal | None:
         """Return whose the first of *keys* is that is anybody's, or None."""
-        found = (self._principals.get(_digest(key)) for key in keys)
+        found = (self._principals.get(digest(key)) for key in keys)
         return next(filter(None, found), None)
-
-
-def _digest(key: str) -> bytes:
-    return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
 def _principal(key: Key) -> Principal:
     return Principal(key.id, None if key.models is None else frozenset(key.models))
-
-
-def keys_in(request: web.Request) -> Iterator[str]:
-    """Yield the keys that *request* carries: with a real one, clients may send a placeholder."""
-    for authorization in request.headers.getall("Authorization", ()):
-        scheme, _, credentials = authorization.partition(" ")
-        if scheme.lower() == "bearer":
-            yield credentials.strip()
-    yield from request.headers.getall("x-api-key", ())
 
 
 def principal_of(request: web.Request) -> Principal:
@@ -85,7 +72,7 @@ def authenticating(entitlements: Entitlements) -> Middleware:
 
     @web.middleware
     async def authenticate(request: web.Request, handler: Handler) -> web.StreamResponse:
-        principal = keys.principal(keys_in(request))
+        principal = keys.principal(keys_in(request.headers))
         is_public = (request.method, request.path) in PUBLIC
         if principal is None and entitlements.require_auth and not is_public:
             log.info("request without a valid key", path=request.path)

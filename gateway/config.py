@@ -11,9 +11,11 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import urlsplit
 
 from msgspec import Meta
 
+from cortex.ipc.keys import AbsolutePath
 from cortex.ipc.node_api import GATEWAY_PORT, METRICS_PORT
 from cortex.ipc.settings import Address, ConfigError, Origin, Settings, Table
 
@@ -35,11 +37,11 @@ Name = Annotated[
 ENDPOINT = r"^https?://[^/\s?#]+/?\Z"
 Endpoint = Annotated[
     str,
-    Meta(pattern=ENDPOINT, description="http://HOST:PORT, without a path"),
+    Meta(pattern=ENDPOINT, description="http://HOST:PORT or https://HOST:PORT, without a path"),
 ]
 Seconds = Annotated[float, Meta(gt=0)]
 
-NOT_YET = frozenset({"eviction", "engines", "key_file", "ca_file"})
+NOT_YET = frozenset({"eviction", "engines"})
 """Options of the design whose logic is not there yet: refused, so that nobody relies on them."""
 
 
@@ -55,11 +57,25 @@ class Neuron(Table, frozen=True):
 
     name: Name
     endpoint: Endpoint
+    key_file: AbsolutePath | None = None
+    """Its first key goes along with every request to the node."""
+    ca_file: AbsolutePath | None = None
+    """PEM: the authorities that an https node's certificate may come from, and no others."""
 
     @property
     def url(self) -> str:
         """Base URL without a trailing slash."""
         return self.endpoint.rstrip("/")
+
+    @property
+    def host(self) -> str:
+        """Name or address of the node, without brackets."""
+        return urlsplit(self.endpoint).hostname or ""
+
+    @property
+    def is_encrypted(self) -> bool:
+        """Whether the node is spoken to over TLS."""
+        return self.endpoint.startswith("https:")
 
 
 class Anthropic(Table, frozen=True):
@@ -136,6 +152,11 @@ def _refuse_what_types_cannot(config: GatewayConfig, origin: Origin) -> None:
         )
     origin.refuse_twice(("neurons",), "name", [neuron.name for neuron in config.neurons])
     origin.refuse_twice(("neurons",), "endpoint", [neuron.url for neuron in config.neurons])
+    for index, neuron in enumerate(config.neurons):
+        if neuron.ca_file and not neuron.is_encrypted:
+            raise origin.wrong(
+                ("neurons", index, "ca_file"), "it has no meaning for an endpoint that is not https"
+            )
     keys = config.entitlements.keys
     origin.refuse_twice(("entitlements", "keys"), "id", [key.id for key in keys])
     origin.refuse_twice(("entitlements", "keys"), "key", [key.key for key in keys], is_secret=True)

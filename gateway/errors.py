@@ -18,23 +18,21 @@ from aiohttp.typedefs import Handler
 from cortex.gateway.dialects.anthropic import ANTHROPIC
 from cortex.gateway.dialects.dialect import Dialect
 from cortex.gateway.dialects.openai import OPENAI
-from cortex.gateway.request_id import id_of
+from cortex.gateway.request_id import id_of, sign
 from cortex.ipc import errors as ipc_errors
 from cortex.ipc.errors import (
     ApiError,
-    BodyTooLarge,
     InternalError,
     InvalidRequest,
     MethodNotAllowed,
     RouteNotFound,
 )
-from cortex.ipc.node_api import MAX_BODY_BYTES
 
 HEADER_SOURCE = "x-cortex-source"
 BUG = "internal error; the log of the gateway has it by the id of this request"
 PATHS_OF_OPENAI = ("/v1/chat/", "/v1/completions", "/v1/embeddings", "/v1/responses")
 NOT_SERVED = re.compile(
-    r"/v1/(responses(/.*)?|embeddings)|/openapi\.json"
+    r"/v1/responses(/.*)?|/openapi\.json"
     r"|/fleet/(models/(un)?pin|nodes/[^/]+/(un)?drain)"
 )
 """What the design names and this version lacks."""
@@ -83,7 +81,7 @@ class Relayed(ApiError):
         )
 
 
-def dialect_of(request: web.Request) -> Dialect:
+def dialect_of(request: web.BaseRequest) -> Dialect:
     """Return the dialect that the client speaks, told by the path, else by its version header."""
     if request.path.startswith("/v1/messages"):
         return ANTHROPIC
@@ -100,6 +98,8 @@ def error_response(dialect: Dialect, error: ApiError, request_id: str) -> web.Re
     headers = {HEADER_SOURCE: "node" if isinstance(error, Relayed) else "gateway"}
     if retry_after is not None:
         headers["Retry-After"] = str(retry_after)
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     return web.json_response(
         dialect.envelope(error, request_id), status=dialect.status(error), headers=headers
     )
@@ -128,21 +128,18 @@ async def errors_in_dialect(request: web.Request, handler: Handler) -> web.Strea
     return response
 
 
+def refuse(request: web.BaseRequest, error: ApiError) -> web.Response:
+    """Answer what never reached the middlewares, as they do."""
+    response = error_response(dialect_of(request), error, id_of(request))
+    sign(request, response)
+    return response
+
+
 def reason_of(error: OSError) -> str:
     """Return why a connection could not be made, or a port not be had, without the address."""
     if error.errno and error.errno > 0:
         return os.strerror(error.errno).lower()
     return (error.strerror or str(error)).lower()  # a name that means nothing, say
-
-
-async def read_body(request: web.Request) -> bytes:
-    """Return the body; raise BodyTooLarge, or InvalidRequest where it is not as announced."""
-    try:
-        return await request.read()
-    except web.RequestPayloadError as exc:
-        raise InvalidRequest("the body is not in the Content-Encoding that it announces") from exc
-    except web.HTTPRequestEntityTooLarge as exc:
-        raise BodyTooLarge(f"the body is larger than {MAX_BODY_BYTES // 2**20} MiB") from exc
 
 
 def _of_aiohttp(request: web.Request, error: web.HTTPException) -> ApiError:

@@ -33,7 +33,7 @@ from cortex.ipc.errors import (
     NodeFailed,
     NodeTimeout,
 )
-from cortex.ipc.node_api import LoadRequest, UnloadRequest
+from cortex.ipc.node_api import LoadRequest, Progress, UnloadRequest
 
 ATTEMPTS = 3
 """How often a model may vanish again after a load before a request gives up."""
@@ -51,11 +51,16 @@ class RunningLoad:
         self.error: ApiError | None = None
         self._fleet = fleet
 
+    @property
+    def progress(self) -> Progress | None:
+        """What its node last said of it, if anything."""
+        model = self._fleet.node(self.node.name).model(self.target.node_id)
+        return model.progress if model else None
+
     def describe(self) -> str:
         """Return how far it has come, in words."""
         said = f"loading {self.target.id} on {self.node.name}"
-        model = self._fleet.node(self.node.name).model(self.target.node_id)
-        progress = model.progress if model else None
+        progress = self.progress
         if progress is None:
             return said
         if progress.bytes_total:

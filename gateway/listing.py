@@ -18,7 +18,7 @@ from cortex.gateway.fleet import FleetSnapshot
 from cortex.gateway.routing import replicas
 from cortex.ipc.errors import InvalidRequest
 from cortex.ipc.node_api import Limit, ModelInfo
-from cortex.ipc.openai import ModelEntry
+from cortex.ipc.openai_answers import ModelEntry
 
 OWNER = "cortex"
 _LIMIT = re.compile(r"0*[1-9][0-9]{0,8}", re.ASCII)

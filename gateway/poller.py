@@ -124,6 +124,8 @@ class NodePoller:
             log.info(
                 "node went up or down", node=self._name, is_up=after.is_healthy, why=after.error
             )
+        elif after.error and after.error != before.error:
+            log.warning("node not polled", node=self._name, why=after.error)
 
     async def _ask(self, node: Node) -> tuple[Health, list[ModelInfo]]:
         models = await self._get(node, "/models", list[ModelInfo])

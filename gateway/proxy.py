@@ -26,7 +26,7 @@ from cortex.gateway.client_stream import ClientGone, ClientStream
 from cortex.gateway.config import Timeouts
 from cortex.gateway.dialects.dialect import Call, Translation
 from cortex.gateway.door import Door
-from cortex.gateway.errors import BUG, dialect_of, read_body
+from cortex.gateway.errors import BUG, dialect_of
 from cortex.gateway.fleet import Fleet
 from cortex.gateway.lifecycle import Lifecycle, RunningLoad
 from cortex.gateway.metrics import Metrics
@@ -37,6 +37,7 @@ from cortex.gateway.routing import Serve, replicas
 from cortex.gateway.upstream import NodeAnswer, NodeClient
 from cortex.gateway.usage import RequestRecord
 from cortex.ipc.errors import ApiError, InternalError, NodeFailed
+from cortex.ipc.http_body import decoded, read_body
 from cortex.ipc.node_api import (
     HEADER_KEY,
     HEADER_NODE,
@@ -121,7 +122,8 @@ class Proxy:
         record = RequestRecord(request.path, principal.key_id)
         try:
             async with self._door.enter():
-                call = decode(await read_body(request))
+                body = await read_body(request, self._timeouts.client_stalled_seconds)
+                call = await decoded(body, decode)
                 target = self._catalogue.target(call.model)
                 principal.check_may_use(target.id, self._catalogue)
                 exchange = Exchange(call, target, principal, id_of(request), client, record)
@@ -226,9 +228,13 @@ class Proxy:
         self, exchange: Exchange, replica: Serve, answer: NodeAnswer
     ) -> web.StreamResponse:
         body = await answer.read()
-        exchange.record.meter.saw_answer(body)
+
+        def taken(body: bytes) -> bytes:
+            exchange.record.meter.saw_answer(body)
+            return exchange.call.answer(exchange.target.node_id, body)
+
         return web.Response(
-            body=exchange.call.answer(exchange.target.node_id, body),
+            body=await decoded(body, taken),  # embeddings may have tens of megabytes
             content_type="application/json",
             headers={HEADER_NODE: replica.node.name, HEADER_REASON: replica.reason},
         )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Annotated, Any
+from typing import Annotated, Any, TypeVar
 
 import msgspec
 from aiohttp import web
@@ -18,7 +19,7 @@ from cortex.gateway.dialects.anthropic import ANTHROPIC
 from cortex.gateway.dialects.chat import PassedOn
 from cortex.gateway.dialects.messages import decode_messages
 from cortex.gateway.door import Door
-from cortex.gateway.errors import dialect_of, read_body
+from cortex.gateway.errors import dialect_of
 from cortex.gateway.fleet import Fleet, Node
 from cortex.gateway.lifecycle import Lifecycle
 from cortex.gateway.poller import Poller
@@ -27,9 +28,12 @@ from cortex.gateway.renaming import Renaming
 from cortex.gateway.request_id import id_of
 from cortex.gateway.upstream import NodeClient
 from cortex.ipc.errors import InvalidRequest, ModelNotFound
-from cortex.ipc.openai import ModelEntry, ModelList
+from cortex.ipc.http_body import decoded, read_body
+from cortex.ipc.openai_answers import ModelEntry, ModelList
 from cortex.ipc.requests import decode_body
 from cortex.ipc.version import BUILD
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -71,6 +75,7 @@ def add_routes(app: web.Application) -> None:
         [
             web.post("/v1/chat/completions", completions),
             web.post("/v1/completions", completions),
+            web.post("/v1/embeddings", completions),
             web.post("/v1/messages", messages),
             web.post("/v1/messages/count_tokens", messages_count_tokens),
             web.get("/v1/models", models),
@@ -87,7 +92,7 @@ def add_routes(app: web.Application) -> None:
 
 
 async def completions(request: web.Request) -> web.StreamResponse:
-    """Chat and text completions: the node has the same path."""
+    """Chat and text completions, and embeddings: the node has the same path."""
     return await request.app[SERVICES].proxy.serve(
         request, lambda body: PassedOn.of(request.path, body)
     )
@@ -105,10 +110,10 @@ async def messages(request: web.Request) -> web.StreamResponse:
 async def messages_count_tokens(request: web.Request) -> web.Response:
     """Tokens of a prompt, without generating anything."""
     services = request.app[SERVICES]
-    call = decode_messages(
-        await read_body(request),
-        strip_billing_block=services.config.anthropic.strip_billing_block,
-        counts_only=True,
+    strip = services.config.anthropic.strip_billing_block
+    call = await _asked(
+        request,
+        lambda body: decode_messages(body, strip_billing_block=strip, counts_only=True),
     )
     target = services.catalogue.target(call.model)
     principal_of(request).check_may_use(target.id, services.catalogue)
@@ -213,7 +218,7 @@ def _node(node: Node) -> dict[str, Any]:
 async def load(request: web.Request) -> web.Response:
     """Load a model of the catalogue: 202 once the load runs, or 200 when it is loaded."""
     services = request.app[SERVICES]
-    asked = decode_body(await read_body(request), FleetLoad)
+    asked = await _asked(request, lambda body: decode_body(body, FleetLoad))
     await services.poller.first_round()
     node = _known_node(services.fleet, asked.node)
     target = services.catalogue.target(asked.model)
@@ -231,13 +236,18 @@ async def load(request: web.Request) -> web.Response:
 async def unload(request: web.Request) -> web.Response:
     """Unload a model; a busy one only by force."""
     services = request.app[SERVICES]
-    asked = decode_body(await read_body(request), FleetUnload)
+    asked = await _asked(request, lambda body: decode_body(body, FleetUnload))
     await services.poller.first_round()
     _known_node(services.fleet, asked.node)
     target = services.catalogue.target(asked.model)
     principal_of(request).check_may_use(target.id, services.catalogue)
     nodes = await services.lifecycle.unload(target, node=asked.node, force=asked.force)
     return web.json_response({"status": "unloaded", "nodes": nodes})
+
+
+async def _asked(request: web.Request, decode: Callable[[bytes], T]) -> T:
+    patience_seconds = request.app[SERVICES].config.timeouts.client_stalled_seconds
+    return await decoded(await read_body(request, patience_seconds), decode)
 
 
 def _known_node(known: Fleet, name: str | None) -> Node | None:

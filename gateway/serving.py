@@ -9,6 +9,7 @@ from collections.abc import Callable
 import structlog
 
 from cortex.gateway.app import Gateway
+from cortex.gateway.background import Background
 from cortex.gateway.catalogue import Catalogue
 from cortex.gateway.config import GatewayConfig
 
@@ -22,18 +23,19 @@ class StopSignals:
     """SIGTERM and Ctrl-C: the first asks to stop, the second cancels the task that made this.
 
     SIGHUP stops too where it says that the terminal is gone; a daemon is told by it to read its
-    configuration again, which this version cannot, and says so. ``nohup`` is left as it is.
+    files again: ``hangup`` is set. ``nohup`` is left as it is.
     """
 
     def __init__(self, *, is_daemon: bool) -> None:
         self.asked = asyncio.Event()
+        self.hangup = asyncio.Event()
         self.is_impatient = False
         self._task = asyncio.current_task()
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
         if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-            on_hangup = _cannot_reload if is_daemon else self._on_signal
+            on_hangup = self.hangup.set if is_daemon else self._on_signal
             loop.add_signal_handler(signal.SIGHUP, on_hangup)
 
     def _on_signal(self) -> None:
@@ -45,8 +47,13 @@ class StopSignals:
             self._task.cancel()
 
 
-def _cannot_reload() -> None:
-    log.warning("configuration not reloaded", why="this version reads it at its start only")
+async def reload_at(hangup: asyncio.Event, gateway: Gateway) -> None:
+    """Read keys and certificates of the nodes again whenever *hangup* is set, for ever."""
+    while True:
+        await hangup.wait()
+        hangup.clear()
+        await asyncio.to_thread(gateway.credentials.reload)
+        log.warning("configuration not reloaded", why="this version reads it at its start only")
 
 
 async def serve(
@@ -55,7 +62,8 @@ async def serve(
     """Serve until a signal, drain, and return the exit status; *on_ready* gets the gateway."""
     signals = StopSignals(is_daemon=True)
     try:
-        async with Gateway(config, catalogue) as gateway:
+        async with Gateway(config, catalogue) as gateway, Background() as background:
+            background.start(reload_at(signals.hangup, gateway), "reload")
             on_ready(gateway)
             await signals.asked.wait()
             await gateway.drain()

@@ -1,13 +1,18 @@
-"""``cortex status`` and ``cortex chat``: clients of a running gateway, for people."""
+"""``cortex status`` and ``cortex chat``: clients of a running gateway, for people.
+
+Also how a load that goes on is told on the terminal, by them and by ``cortex up``.
+"""
 
 from __future__ import annotations
 
 import re
-from collections.abc import AsyncIterator, Iterator
+import time
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
+import msgspec
 import orjson
 from rich.console import Console
 from rich.table import Column, Table
@@ -16,9 +21,12 @@ from rich.text import Text
 from cortex.gateway import sse
 from cortex.gateway.config import ENDPOINT
 from cortex.gateway.errors import reason_of
+from cortex.ipc.node_api import Progress
 from cortex.ipc.settings import ConfigError
 
 CONNECT_SECONDS = 5.0
+LINE_SECONDS = 5.0
+MIB = 2**20
 
 
 class Unreachable(Exception):
@@ -113,6 +121,52 @@ def _text(event: bytes) -> str:
     return "".join((choice.get("delta") or {}).get("content") or "" for choice in choices)
 
 
+class LoadLines:
+    """Tells of a load: a line when its phase changes, and one every five seconds meanwhile.
+
+    Lines, not one that is drawn over: the logs of both daemons go to the same terminal.
+    """
+
+    def __init__(
+        self, say: Callable[[str], None], clock: Callable[[], float] = time.monotonic
+    ) -> None:
+        self._say = say
+        self._clock = clock
+        self._phase: str | None = None
+        self._said = ""
+        self._said_at = -LINE_SECONDS
+
+    def hear(self, what: str, progress: Progress | None) -> None:
+        """Hear how far *what* has come."""
+        phase = progress.phase if progress else None
+        line = f"{what}: {progress_words(progress)}" if progress else what
+        is_time = phase != self._phase or self._clock() - self._said_at >= LINE_SECONDS
+        if is_time and line != self._said:
+            self._phase, self._said, self._said_at = phase, line, self._clock()
+            self._say(line)
+
+
+def progress_words(progress: Progress) -> str:
+    """Return ``downloading 40 %, 38 of 94 MB, 12 s left``, or as much of it as is known."""
+    words: list[str] = [progress.phase]
+    if progress.bytes_total:
+        percent = 100 * progress.bytes_done // progress.bytes_total
+        done, total = (count // MIB for count in (progress.bytes_done, progress.bytes_total))
+        words = [f"{progress.phase} {percent} %", f"{done} of {total} MB"]
+    elif progress.bytes_done:
+        words.append(f"{progress.bytes_done // MIB} MB")
+    if progress.eta_seconds is not None:
+        words.append(f"{_duration(progress.eta_seconds)} left")
+    return ", ".join(words)
+
+
+def _duration(seconds: float) -> str:
+    """Return a time in the unit that people would use."""
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
+
+
 def print_fleet(console: Console, health: dict[str, Any], fleet: dict[str, Any]) -> None:
     """Show the fleet as two tables, and below them what is wrong."""
     nodes = health["nodes"]
@@ -152,10 +206,17 @@ def _show_models(table: Table, node: dict[str, Any]) -> None:
         table.add_row(
             Text(model["id"]),  # no markup: ids may hold brackets
             Text(node["name"]),
-            model["status"],
+            _status(model),
             _shown(load.get("in_flight")),
             _shown(load.get("queue_depth")),
         )
+
+
+def _status(model: dict[str, Any]) -> str:
+    progress = model.get("progress")
+    if progress is None:
+        return str(model["status"])
+    return progress_words(msgspec.convert(progress, Progress))
 
 
 def _troubles(fleet: dict[str, Any]) -> Iterator[str]:

@@ -23,6 +23,7 @@ from cortex.gateway.catalogue import BUILT_IN
 from cortex.gateway.config import GatewayConfig, Listening, Neuron
 from cortex.gateway.lifecycle import RunningLoad
 from cortex.gateway.serving import INTERRUPTED, StopSignals
+from cortex.gateway.terminal import LoadLines
 from cortex.ipc.errors import ApiError
 from cortex.ipc.settings import ConfigError, split_address
 
@@ -135,7 +136,7 @@ def check_port_is_free(address: str) -> None:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((host, port))
-        except OSError as exc:
+        except (OSError, UnicodeError) as exc:
             raise CannotListen(address, exc) from exc
 
 
@@ -176,13 +177,10 @@ async def _announce(gateway: Gateway, model: str, outcome: Outcome, say: Say) ->
         await asyncio.sleep(LOOK_SECONDS)
         await gateway.poller.refresh(NAME)
     target = gateway.catalogue.target(model)
-    told = ""
+    lines = LoadLines(say)
 
     async def tell(load: RunningLoad) -> None:
-        nonlocal told
-        if load.describe() != told:
-            told = load.describe()
-            say(told)
+        lines.hear(f"loading {load.target.id} on {load.node.name}", load.progress)
 
     try:
         await gateway.lifecycle.ready(target, heartbeat=tell)

@@ -2,12 +2,14 @@
 
 Everything foreign becomes ours here: a refusal of the node is raised as Relayed, a connection that
 breaks as NodeFailed, silence as NodeTimeout. Nothing a client sent goes to a node but the body:
-headers are made anew, so that no credential and no ``x-cortex-`` header of a client can pass.
+headers are made anew, so that no credential and no ``x-cortex-`` header of a client can pass; the
+node's own key goes instead (``credentials.py``).
 """
 
 from __future__ import annotations
 
 import io
+import ssl
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Self
@@ -16,6 +18,7 @@ import aiohttp
 import orjson
 
 from cortex.gateway.config import Timeouts
+from cortex.gateway.credentials import Credentials
 from cortex.gateway.errors import Relayed, reason_of
 from cortex.gateway.fleet import Node
 from cortex.ipc.errors import ApiError, NodeFailed, NodeTimeout
@@ -49,8 +52,9 @@ class NodeAnswer:
 class NodeClient:
     """Connections to all nodes, pooled; an async context manager."""
 
-    def __init__(self, timeouts: Timeouts) -> None:
+    def __init__(self, timeouts: Timeouts, credentials: Credentials) -> None:
         self._timeouts = timeouts
+        self._credentials = credentials
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
@@ -113,7 +117,10 @@ class NodeClient:
         method, path = route.split(" ", 1)
         # aiohttp wants large bodies as files, which it sends in pieces.
         data = io.BytesIO(body) if body and len(body) > LARGE_BODY_BYTES else body
-        sent = {**headers, "Content-Type": "application/json"} if body is not None else headers
+        credential = self._credentials.of(node.name)
+        sent = {**headers, **credential.headers}
+        if body is not None:
+            sent["Content-Type"] = "application/json"
         with node_errors(node):
             response = await self._session.request(
                 method,
@@ -121,6 +128,7 @@ class NodeClient:
                 data=data,
                 headers=sent,
                 timeout=limits,
+                ssl=credential.context,
                 allow_redirects=False,  # a prompt goes to nobody but the node
             )
         try:
@@ -134,6 +142,8 @@ class NodeClient:
 async def _refusal(node: Node, response: aiohttp.ClientResponse) -> ApiError:
     if response.status < 400:
         return NodeFailed(f"node {node.name} answered with status {response.status}")
+    if response.status == 401:  # of ours, not of the client's key
+        return NodeFailed(f"node {node.name} wants another key: set key_file of this neuron")
     body = b""
     with node_errors(node):
         while left := LIMIT_OF_A_REFUSAL_BYTES - len(body):
@@ -166,7 +176,22 @@ def node_errors(node: Node) -> Iterator[None]:
         raise NodeFailed(f"node {node.name} accepts no connection") from exc
     except (TimeoutError, aiohttp.ServerTimeoutError) as exc:
         raise NodeTimeout(f"node {node.name} did not answer in time") from exc
+    except aiohttp.ClientConnectorCertificateError as exc:
+        why = certificate_words(exc.certificate_error)
+        raise NodeFailed(
+            f"node {node.name} shows a certificate that is not trusted: {why}"
+        ) from exc
+    except aiohttp.ClientConnectorSSLError as exc:
+        why = (exc.os_error.reason or "no reason").lower().replace("_", " ")
+        raise NodeFailed(f"node {node.name} cannot be spoken to over TLS ({why})") from exc
     except aiohttp.ClientConnectorError as exc:
         raise NodeFailed(f"node {node.name} cannot be reached ({reason_of(exc.os_error)})") from exc
     except aiohttp.ClientError as exc:
         raise NodeFailed(f"node {node.name} broke the connection") from exc
+
+
+def certificate_words(error: Exception) -> str:
+    """Return what OpenSSL finds wrong with a certificate, which its text hides in codes."""
+    if isinstance(error, ssl.SSLCertVerificationError):
+        return error.verify_message.rstrip(".")
+    return str(error)

@@ -2,11 +2,13 @@
 
 Of a stream only the chunks up to the first text are parsed, and its tail when it has ended: there
 stand the finish, the neuron's comment ``: usage {json}`` and ``[DONE]``. A role chunk or a comment
-is no token, so the time to first token is the time to the first text.
+is no token, so the time to first token is the time to the first text, reasoning or call. Embeddings
+have tokens of a prompt only.
 """
 
 from __future__ import annotations
 
+import contextlib
 import time
 from typing import Any
 
@@ -17,7 +19,7 @@ from cortex.gateway import sse
 from cortex.gateway.errors import STATUS_OF_CODE, Relayed
 from cortex.gateway.metrics import UNKNOWN, Metrics
 from cortex.ipc.errors import ApiError
-from cortex.ipc.openai import Usage
+from cortex.ipc.openai_answers import Usage
 
 TAIL_BYTES = 16 * 1024
 CLIENT_GONE = 499
@@ -27,6 +29,22 @@ CAUSES = frozenset({*STATUS_OF_CODE, "client_gone"})
 """What may stand in the label; a node may answer with any code."""
 
 log = structlog.get_logger()
+
+
+SAYS = ("content", "text", "reasoning_content", "tool_calls")
+"""What a delta, or a choice of a text completion, says its tokens in."""
+
+
+class Measured(msgspec.Struct):
+    """What is measured of a whole answer; vectors, say, are skipped and never made."""
+
+    choices: Any = None
+    usage: Any = None
+    error: Any = None
+
+    def fields(self) -> dict[str, Any]:
+        """Return it as the object of an event."""
+        return msgspec.structs.asdict(self)
 
 
 class Meter:
@@ -62,10 +80,10 @@ class Meter:
                 self._take(data)
 
     def saw_answer(self, body: bytes) -> None:
-        """Take an answer that came whole."""
+        """Take an answer that came whole; of what it says only what is measured is read."""
         self.is_complete = True
-        if data := sse.data_of(b"data: " + body.lstrip()):
-            self._take(data)
+        with contextlib.suppress(msgspec.DecodeError):  # no object, so it has nothing to measure
+            self._take(msgspec.json.decode(body, type=Measured).fields())
 
     def tokens_per_second(self) -> float | None:
         """Return the rate after the first token, or None where one cannot be told."""
@@ -85,7 +103,7 @@ class Meter:
 
     def _take_usage(self, usage: dict[str, Any]) -> None:
         try:
-            self.usage = msgspec.convert(usage, Usage)
+            self.usage = msgspec.convert({"completion_tokens": 0, **usage}, Usage)
         except msgspec.ValidationError:
             log.warning("usage not understood", usage=usage)
 
@@ -94,7 +112,7 @@ def _has_text(event: bytes) -> bool:
     data = sse.data_of(event)
     for choice in (data or {}).get("choices") or []:
         delta = choice.get("delta") or choice
-        if delta.get("content") or delta.get("text") or delta.get("reasoning_content"):
+        if any(delta.get(name) for name in SAYS):
             return True
     return False
 

@@ -35,7 +35,11 @@ class SupervisorEnd:
 
     async def send(self, command: Command) -> None:
         """Queue *command*; the child reads it between two steps."""
-        await self._socket.send(codec.encode(command))
+        await self.send_frame(codec.encode(command))
+
+    async def send_frame(self, frame: bytes) -> None:
+        """Queue what is, unless a test wants otherwise, an encoded command."""
+        await self._socket.send(frame)
 
     async def receive(self) -> Event:
         """Wait for the next event; raise ProtocolError for anything else."""
@@ -59,7 +63,11 @@ class DeviceEnd:
 
     def send(self, event: Event) -> None:
         """Send *event*."""
-        self._socket.send(codec.encode(event))
+        self.send_frame(codec.encode(event))
+
+    def send_frame(self, frame: bytes) -> None:
+        """Send what is, unless a test wants otherwise, an encoded event."""
+        self._socket.send(frame)
 
     def receive_waiting(self) -> Command | None:
         """Return the next command that has arrived, or None; raise ProtocolError for a bad one."""

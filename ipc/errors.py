@@ -16,15 +16,19 @@ ApiError               status  code
 ├── ModelNotFound              404  model_not_found
 ├── RouteNotFound              404  not_found
 ├── MethodNotAllowed           405  method_not_allowed
+├── RequestTimeout             408  request_timeout
 ├── Conflict                   409  conflict
 ├── LoadedDifferently          409  loaded_differently
 ├── PromptTooLongForMemory     413  prompt_too_long_for_memory
 ├── BodyTooLarge               413  body_too_large
+├── UnsupportedEncoding        415  unsupported_encoding
+├── ExpectationFailed          417  expectation_failed
 ├── Unloadable                 422  unloadable
 ├── RateLimitExceeded          429  rate_limit_exceeded
 ├── InsufficientQuota          429  insufficient_quota
 ├── InternalError              500  internal_error
 ├── NodeFailed                 502  node_failed
+├── MalformedToolCall          502  malformed_tool_call
 ├── Overloaded                 503  overloaded
 ├── ModelLoading               503  model_loading
 ├── Recovering                 503  recovering
@@ -174,6 +178,13 @@ class MethodNotAllowed(ApiError):
     code = "method_not_allowed"
 
 
+class RequestTimeout(ApiError):
+    """The client stopped sending in the middle of its body."""
+
+    status = 408
+    code = "request_timeout"
+
+
 class Conflict(ApiError):
     """The state of the node forbids it now: busy, or not in the right state."""
 
@@ -200,6 +211,20 @@ class BodyTooLarge(ApiError):
 
     status = 413
     code = "body_too_large"
+
+
+class UnsupportedEncoding(ApiError):
+    """The body is compressed in a way that we do not read."""
+
+    status = 415
+    code = "unsupported_encoding"
+
+
+class ExpectationFailed(ApiError):
+    """The ``Expect`` header asks for what no server of HTTP has."""
+
+    status = 417
+    code = "expectation_failed"
 
 
 class Unloadable(ApiError):
@@ -242,6 +267,13 @@ class NodeFailed(ApiError):
 
     status = 502
     code = "node_failed"
+
+
+class MalformedToolCall(ApiError):
+    """The model began to call a tool, in a stream, and its arguments cannot become JSON."""
+
+    status = 502
+    code = "malformed_tool_call"
 
 
 class Overloaded(ApiError):

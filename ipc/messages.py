@@ -10,6 +10,7 @@ the finish of their sequence, are records in the token ring (``cortex.ipc.ring``
     LoadModel       LoadProgress..., then ModelLoaded or Failed(command_id)
     UnloadModel     ModelUnloaded or Failed(command_id)
     Generate        records in the ring that end with a finish, or Failed(sequence_id)
+    Embed           Embedded or Failed(command_id); Cancel takes its command_id
     Cancel          a CANCELLED finish in the ring; nothing where the sequence has already ended
     QueryMemory     MemoryReport
     Shutdown        Bye, then exit 0
@@ -19,17 +20,34 @@ The first event of every life is Hello; one whose protocol differs is not talked
 
 from __future__ import annotations
 
+from typing import Literal
+
 import msgspec
 
-PROTOCOL_VERSION = 1
+PROTOCOL_VERSION = 2
 """Raise it with any change to the fields below; peers that disagree refuse to talk."""
+
+
+class ReasoningBudget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How long a reasoning block may get before ``end_token_ids`` are put in, one a step.
+
+    It begins with ``start_token_ids``, or with the answer where those are empty because the prompt
+    has opened it. A block that ends by itself is left alone.
+    """
+
+    max_tokens: int
+    start_token_ids: tuple[int, ...]
+    end_token_ids: tuple[int, ...]
 
 
 class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How to choose the next token, already resolved. ``temperature=0`` is greedy.
 
-    ``max_tokens`` counts generated tokens, the end-of-sequence token included. ``top_k=0`` and
-    ``top_p=1`` switch those filters off. ``stop_token_ids`` end the sequence.
+    ``max_tokens`` counts generated tokens, the end-of-sequence token included. ``top_k=0``,
+    ``top_p=1`` and ``min_p=0`` switch those filters off, as 1 does the repetition penalty and 0 the
+    other two. ``logit_bias`` is added to the logits of its token ids. ``stop_token_ids`` end the
+    sequence. ``top_logprobs`` asks for the log probability of the chosen token and of so many of
+    the likeliest ones, None for none at all; they are those of the unmodified distribution.
     """
 
     temperature: float
@@ -37,7 +55,14 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     seed: int
     top_p: float = 1.0
     top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: dict[int, float] = {}
     stop_token_ids: tuple[int, ...] = ()
+    top_logprobs: int | None = None
+    reasoning_budget: ReasoningBudget | None = None
 
 
 class Footprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -101,6 +126,15 @@ class Generate(Message, frozen=True, tag="generate"):
     sampling: SamplingParams
 
 
+class Embed(Message, frozen=True, tag="embed"):
+    """Compute one vector of the prompt: its last token's, or the mean over all of them."""
+
+    command_id: int
+    model: str
+    prompt_token_ids: list[int]
+    pooling: Literal["last", "mean"]
+
+
 class Cancel(Message, frozen=True, tag="cancel"):
     """End a sequence within one step; cancelling an unknown one is not an error."""
 
@@ -120,7 +154,7 @@ class Shutdown(Message, frozen=True, tag="shutdown"):
     command_id: int
 
 
-Command = Ping | LoadModel | UnloadModel | Generate | Cancel | QueryMemory | Shutdown
+Command = Ping | LoadModel | UnloadModel | Generate | Embed | Cancel | QueryMemory | Shutdown
 
 
 # Device process -> supervisor
@@ -176,6 +210,13 @@ class ModelUnloaded(Message, frozen=True, tag="model_unloaded"):
     model: str
 
 
+class Embedded(Message, frozen=True, tag="embedded"):
+    """The vector of an Embed, float32 in the byte order of the host, of length one (L2)."""
+
+    command_id: int
+    vector: bytes
+
+
 class MemoryReport(Message, frozen=True, tag="memory_report"):
     """Bytes of the device's budget: what there is, and what each model holds."""
 
@@ -205,7 +246,17 @@ class Bye(Message, frozen=True, tag="bye"):
     command_id: int
 
 
-Event = Hello | Pong | LoadProgress | ModelLoaded | ModelUnloaded | MemoryReport | Failed | Bye
+Event = (
+    Hello
+    | Pong
+    | LoadProgress
+    | ModelLoaded
+    | ModelUnloaded
+    | Embedded
+    | MemoryReport
+    | Failed
+    | Bye
+)
 
 
 def refuse_other_protocol(hello: Hello) -> None:

@@ -11,7 +11,8 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from cortex.ipc.openai import Temperature, TopK, TopP
+from cortex.ipc.openai import MinP, Penalty, RepetitionPenalty, Temperature, TopK, TopP
+from cortex.ipc.requests import ModelId
 
 DeviceState = Literal["starting", "ready", "restarting", "poisoned", "stopped"]
 
@@ -47,6 +48,13 @@ class DeviceHealth(msgspec.Struct, frozen=True):
     utilization_pct: int | None = None
     temp_c: int | None = None
     lifecycle_cycles: int = 0
+    restarts: int = 0
+    """Lives of its process that have ended since the neuron started."""
+    restarts_by_cause: dict[str, int] = {}
+    last_failure: str | None = None
+    """Why the last of them ended, in words."""
+    foreign_mb: int | None = None
+    """Memory that other processes hold of it; None where nobody can say."""
 
 
 class ActivationFailure(msgspec.Struct, frozen=True):
@@ -164,7 +172,7 @@ class ModelInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     status: ModelStatus
     devices: list[ModelDevice]
     servable: Servable
-    capabilities: list[str] = msgspec.field(default_factory=lambda: ["text"])
+    capabilities: list[str] = []
     limit: Limit | None = None
     tool_call: bool = False
     reasoning: bool = False
@@ -178,12 +186,27 @@ class SamplingDefaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True, 
     temperature: Temperature | None = None
     top_p: TopP | None = None
     top_k: TopK | None = None
+    min_p: MinP | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+
+
+ToolPrompt = Literal["auto", "template", "hermes", "refuse"]
+"""How tools are told to the model: by its chat template (``auto`` where that can, ``template`` or
+the load is refused), as text in the format of the Hermes models, or not at all."""
+
+ToolParser = Literal["auto", "hermes", "qwen_xml", "llama3", "mistral"]
+"""The format in which the model writes calls; ``auto`` is that of its chat template."""
+
+ReasoningParser = Literal["auto", "none", "think", "mistral", "reasoning", "thought", "seed"]
+"""The marks around the model's reasoning; ``auto`` is those that its chat template writes."""
 
 
 class LoadRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """``POST /models/load``. ``quant`` absent or null means dense safetensors."""
 
-    model_id: Annotated[str, Meta(min_length=1)]
+    model_id: ModelId
     harness: Literal["torch", "candle"] = "torch"
     quant: str | None = None
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -193,6 +216,9 @@ class LoadRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     kv_cache_mb: Annotated[int, Meta(ge=1)] | None = None
     max_sequences: Annotated[int, Meta(ge=1)] | None = None
     sampling: SamplingDefaults | None = None
+    tool_prompt: ToolPrompt = "auto"
+    tool_parser: ToolParser = "auto"
+    reasoning_parser: ReasoningParser = "auto"
     wait: bool = False
 
 
@@ -205,14 +231,26 @@ class LoadAnswer(msgspec.Struct, frozen=True):
 class UnloadRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``POST /models/unload``."""
 
-    model_id: Annotated[str, Meta(min_length=1)]
+    model_id: ModelId
     force: bool = False
+
+
+class UnloadAnswer(msgspec.Struct, frozen=True):
+    """The model is gone, and its memory free."""
+
+    status: Literal["unloaded"] = "unloaded"
 
 
 class RestartRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """``POST /devices/{index}/restart``; an empty body means the defaults."""
 
     force: bool = False
+
+
+class RestartAnswer(msgspec.Struct, frozen=True):
+    """The device is on its way back."""
+
+    status: Literal["restarted"] = "restarted"
 
 
 class Endpoint(msgspec.Struct, frozen=True):

@@ -1,36 +1,51 @@
-"""The OpenAI shapes that cross the HTTP boundary: requests in, answers and chunks out.
+"""What clients of OpenAI's dialect ask for; ``openai_answers.py`` has what they get.
 
 Requests list every parameter that this version honours, and every one that is known but not
 honoured. The latter are accepted at their neutral value only: nothing that is accepted is ignored
-(``PARAMETERS``). A field that is in neither list is refused the same way.
+(``PARAMETERS``, ``MESSAGE``). A field that is in neither list is refused the same way. Where a
+parameter is honoured at some values only, ``refuse_unsupported`` of its request names the others.
 
 Parameters that cannot change the tokens (``user``, ``metadata``, ``store``, ...) are accepted.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Annotated, Any, Literal, TypeVar
 
 import msgspec
-from msgspec import UNSET, Meta, UnsetType
+from msgspec import Meta
 
-from cortex.ipc.requests import Parameters, decode_object, model_of, typed
+from cortex.ipc.errors import UnsupportedParameter
+from cortex.ipc.requests import ModelId, Parameters, decode_object, model_of, typed
+from cortex.ipc.tools import OffersTools, ToolCall, Tools
 
-R = TypeVar("R", bound=msgspec.Struct)
+MAX_TOKENS = 2**31 - 1
+MAX_CHOICES = 128
+MAX_EMBEDDING_INPUTS = 2048
 
 Temperature = Annotated[float, Meta(ge=0.0, le=2.0)]
 TopP = Annotated[float, Meta(gt=0.0, le=1.0)]
 TopK = Annotated[int, Meta(ge=-1, le=2**31 - 1)]
+MinP = Annotated[float, Meta(ge=0.0, le=1.0)]
+RepetitionPenalty = Annotated[float, Meta(ge=0.01, le=2.0)]
+"""It divides logits; a smaller one would push them out of what floats hold."""
+Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
-MAX_TOKENS = 2**31 - 1
 MaxTokens = Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
+LogitBias = Annotated[
+    dict[TokenId, Annotated[float, Meta(ge=-100.0, le=100.0)]], Meta(max_length=1024)
+]
+TopLogprobs = Annotated[int, Meta(ge=0, le=20)]
+ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
+Prompt = str | list[TokenId | str]
+"""Text or token ids; a list with one text is that text."""
 
 PARAMETERS = Parameters(
     without_effect=frozenset(
         {
             "metadata",
-            "parallel_tool_calls",
             "prompt_cache_key",
             "prompt_cache_retention",
             "safety_identifier",
@@ -49,14 +64,17 @@ PARAMETERS = Parameters(
         "logit_bias": (None, {}),
         "logprobs": (None, False),
         "min_p": (None, 0, 0.0),
+        "min_tokens": (None, 0),
         "modalities": (None, ["text"]),
         "n": (None, 1),
+        "parallel_tool_calls": (None, True),
         "prediction": (None,),
         "presence_penalty": (None, 0, 0.0),
         "reasoning_effort": (None,),
         "repetition_penalty": (None, 1, 1.0),
         "response_format": (None, {"type": "text"}),
         "suffix": (None, ""),
+        "thinking": (None,),
         "tool_choice": (None, "none", "auto"),
         "tools": (None, []),
         "top_logprobs": (None, 0),
@@ -67,12 +85,20 @@ PARAMETERS = Parameters(
     unsupported="{name!r} is not supported by this version; leave it out",
 )
 
+MESSAGE = Parameters(
+    without_effect=frozenset(),
+    neutral={"annotations": (None, []), "audio": (None,), "function_call": (None,)},
+    unknown="unknown field of a message: {name!r}",
+    unsupported="{name!r} is not supported by this version; leave it out of the message",
+)
+"""What the SDKs put into an answer that comes back as a turn of the conversation."""
 
-class StreamOptions(msgspec.Struct, frozen=True):
-    """``stream_options`` of a request."""
 
-    include_usage: bool = False
-    include_obfuscation: bool = False
+class StreamOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``stream_options`` of a request; obfuscation cannot change the tokens, and adds none here."""
+
+    include_usage: bool | None = False
+    include_obfuscation: bool | None = False
 
 
 class ChatMessage(msgspec.Struct, omit_defaults=True):
@@ -82,24 +108,51 @@ class ChatMessage(msgspec.Struct, omit_defaults=True):
     content: str | list[dict[str, Any]] | None = None
     name: str | None = None
     tool_call_id: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: list[ToolCall] | None = None
     reasoning_content: str | None = None
     refusal: str | None = None
 
 
-class SamplingRequest(msgspec.Struct, kw_only=True):
+class Thinking(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """How Anthropic's and GLM's clients say whether, and how long, a model should think."""
+
+    type: Literal["enabled", "disabled", "adaptive"]
+    budget_tokens: Annotated[int, Meta(ge=1, le=MAX_TOKENS)] | None = None
+
+
+class ModelRequest(msgspec.Struct, kw_only=True):
+    """What every request names."""
+
+    model: ModelId
+
+    def refuse_unsupported(self) -> None:
+        """Raise UnsupportedParameter for a value that would be ignored."""
+
+
+class SamplingRequest(ModelRequest, kw_only=True):
     """What chat and text completions share."""
 
-    model: str
     temperature: Temperature | None = None
     top_p: TopP | None = None
     top_k: TopK | None = None
+    min_p: MinP | None = None
+    repetition_penalty: RepetitionPenalty | None = None
+    presence_penalty: Penalty | None = None
+    frequency_penalty: Penalty | None = None
+    logit_bias: LogitBias | None = None
     seed: Seed | None = None
+    n: Annotated[int, Meta(ge=1, le=MAX_CHOICES)] | None = None
     stop: str | list[str] | None = None
+    stop_token_ids: Annotated[list[TokenId], Meta(max_length=128)] | None = None
     max_tokens: MaxTokens | None = None
-    ignore_eos: bool = False
+    ignore_eos: bool | None = False
     stream: bool | None = False
     stream_options: StreamOptions | None = None
+
+    @property
+    def choices(self) -> int:
+        """How many answers are asked for."""
+        return self.n or 1
 
     @property
     def stop_strings(self) -> list[str]:
@@ -110,15 +163,23 @@ class SamplingRequest(msgspec.Struct, kw_only=True):
     @property
     def wants_usage_chunk(self) -> bool:
         """Whether a stream should end with a usage chunk."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
-class ChatCompletionRequest(SamplingRequest, kw_only=True):
+class ChatCompletionRequest(OffersTools, SamplingRequest, kw_only=True):
     """``POST /v1/chat/completions``."""
 
     messages: Annotated[list[ChatMessage], Meta(min_length=1)]
-    max_completion_tokens: MaxTokens | None = None
+    tools: Tools | None = None
+    tool_choice: str | dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: ReasoningEffort | None = None
+    thinking: Thinking | None = None
+    max_completion_tokens: MaxTokens | None = None
+    parallel_tool_calls: bool | None = None
+    """False ends an answer where a second call would begin."""
+    logprobs: bool | None = None
+    top_logprobs: TopLogprobs | None = None
 
     @property
     def limit_tokens(self) -> int | None:
@@ -127,161 +188,101 @@ class ChatCompletionRequest(SamplingRequest, kw_only=True):
             return self.max_completion_tokens
         return self.max_tokens
 
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """How many likeliest tokens come with each token; None: no log probabilities at all."""
+        return (self.top_logprobs or 0) if self.logprobs else None
+
+    def refuse_unsupported(self) -> None:
+        """Raise UnsupportedParameter for a value that would be ignored."""
+        super().refuse_unsupported()
+        if self.top_logprobs and not self.logprobs:
+            raise UnsupportedParameter(
+                "'top_logprobs' needs 'logprobs': true", param="top_logprobs"
+            )
+
 
 class CompletionRequest(SamplingRequest, kw_only=True):
     """``POST /v1/completions``; the prompt is text or token ids, one of them."""
 
-    prompt: str | list[TokenId | str]
+    prompt: Prompt
+    logprobs: TopLogprobs | None = None
+    best_of: Annotated[int, Meta(ge=1)] | None = None
 
     def __post_init__(self) -> None:
         """Refuse several prompts at once, and lists that mix text and ids."""
-        if isinstance(self.prompt, list) and any(isinstance(item, str) for item in self.prompt):
-            if len(self.prompt) > 1:
-                raise ValueError(
-                    "Expected one prompt: a text, or a list of token ids - at `$.prompt`"
-                )
-            self.prompt = self.prompt[0]  # type: ignore[assignment]  # the one text
+        self.prompt = _one_prompt(self.prompt)
 
     @property
     def limit_tokens(self) -> int | None:
         """What the client asked for; OpenAI's default of 16 is applied by the route."""
         return self.max_tokens
 
+    @property
+    def wanted_logprobs(self) -> int | None:
+        """How many likeliest tokens come with each token; None: no log probabilities at all."""
+        return self.logprobs
 
-class TokenizeRequest(msgspec.Struct, kw_only=True):
+    def refuse_unsupported(self) -> None:
+        """Raise UnsupportedParameter for a choice among more answers than are shown."""
+        if self.best_of not in (None, self.choices):
+            raise UnsupportedParameter(
+                "'best_of' is not supported by this version; leave it out, or ask for as many as "
+                "'n'",
+                param="best_of",
+            )
+
+
+class TokenizeRequest(OffersTools, ModelRequest, kw_only=True):
     """``POST /tokenize``: messages, or a prompt; sampling parameters are not needed."""
 
-    model: str
-    messages: list[ChatMessage] | None = None
-    prompt: str | None = None
+    messages: Annotated[list[ChatMessage], Meta(min_length=1)] | None = None
+    prompt: Prompt | None = None
+    tools: Tools | None = None
+    tool_choice: str | dict[str, Any] | None = None
     chat_template_kwargs: dict[str, Any] | None = None
+    reasoning_effort: ReasoningEffort | None = None
+    thinking: Thinking | None = None
+    add_generation_prompt: bool = True
+
+    def __post_init__(self) -> None:
+        """Refuse both and neither, and prompts that a completion would refuse."""
+        if (self.messages is None) == (self.prompt is None):
+            raise ValueError("Give messages, or a prompt - at `$.messages`")
+        if self.prompt is not None:
+            self.prompt = _one_prompt(self.prompt)
 
 
-class Tokenized(msgspec.Struct, frozen=True):
-    """Answer of ``POST /tokenize``."""
+class EmbeddingRequest(ModelRequest, kw_only=True):
+    """``POST /v1/embeddings``."""
 
-    tokens: list[int]
-    count: int
+    input: str | list[str | TokenId | list[TokenId]]
+    dimensions: Annotated[int, Meta(ge=1, le=2**31 - 1)] | None = None
+    encoding_format: Literal["float", "base64"] | None = None
 
+    def __post_init__(self) -> None:
+        """Refuse no input, too many, and lists that mix texts, ids and lists of ids."""
+        if isinstance(self.input, str):
+            return
+        kinds = {type(item) for item in self.input}
+        if not kinds:
+            raise ValueError("There must be at least one input - at `$.input`")
+        if len(kinds) > 1:
+            raise ValueError("Expected texts, token ids, or lists of those - at `$.input`")
+        if kinds != {int} and len(self.input) > MAX_EMBEDDING_INPUTS:
+            raise ValueError(f"Expected at most {MAX_EMBEDDING_INPUTS} inputs - at `$.input`")
 
-class PromptTokensDetails(msgspec.Struct, frozen=True):
-    """``cached_tokens`` of the prompt were found in the prefix cache."""
-
-    cached_tokens: int
-
-
-class Usage(msgspec.Struct, frozen=True, omit_defaults=True):
-    """Tokens of one answer."""
-
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-    prompt_tokens_details: PromptTokensDetails | None = None
-
-
-FinishReason = Literal["stop", "length"]
-
-
-class AnswerMessage(msgspec.Struct, frozen=True):
-    """The assistant's turn; ``refusal`` is always there and null, as strict clients want it."""
-
-    content: str
-    role: str = "assistant"
-    refusal: None = None
+    @property
+    def inputs(self) -> list[str | list[int]]:
+        """Each a text or the token ids of one."""
+        if isinstance(self.input, str):
+            return [self.input]
+        if isinstance(self.input[0], int):
+            return [[item for item in self.input if isinstance(item, int)]]
+        return [item for item in self.input if not isinstance(item, int)]
 
 
-class Choice(msgspec.Struct, frozen=True):
-    """The one choice of a chat completion.
-
-    ``stop_reason`` is the stop string that ended the answer, as vLLM spells it; absent where an end
-    token or the limit did. The Anthropic dialect tells ``stop_sequence`` from ``end_turn`` by it.
-    """
-
-    message: AnswerMessage
-    finish_reason: FinishReason
-    index: int = 0
-    logprobs: None = None
-    stop_reason: str | UnsetType = UNSET
-
-
-class ChatCompletion(msgspec.Struct, frozen=True):
-    """Answer of a chat completion that does not stream."""
-
-    id: str
-    created: int
-    model: str
-    choices: list[Choice]
-    usage: Usage
-    object: str = "chat.completion"
-
-
-class Delta(msgspec.Struct, frozen=True, omit_defaults=True):
-    """What a chunk adds to the message."""
-
-    role: str | None = None
-    content: str | None = None
-
-
-class ChunkChoice(msgspec.Struct, frozen=True):
-    """The one choice of a chunk; ``stop_reason`` as in Choice."""
-
-    delta: Delta
-    finish_reason: FinishReason | None = None
-    index: int = 0
-    logprobs: None = None
-    stop_reason: str | UnsetType = UNSET
-
-
-class ChatCompletionChunk(msgspec.Struct, frozen=True):
-    """One event of a chat stream; ``usage`` is null, or absent where nobody asked for it."""
-
-    id: str
-    created: int
-    model: str
-    choices: list[ChunkChoice]
-    object: str = "chat.completion.chunk"
-    usage: Usage | UnsetType | None = UNSET
-
-
-class TextChoice(msgspec.Struct, frozen=True):
-    """The one choice of a text completion, whole or in part."""
-
-    text: str
-    finish_reason: FinishReason | None = None
-    index: int = 0
-    logprobs: None = None
-
-
-class Completion(msgspec.Struct, frozen=True):
-    """Answer of a text completion, and each event of its stream."""
-
-    id: str
-    created: int
-    model: str
-    choices: list[TextChoice]
-    object: str = "text_completion"
-    usage: Usage | UnsetType | None = UNSET
-
-
-class ModelEntry(msgspec.Struct, frozen=True):
-    """One model of ``GET /v1/models``; unknown limits are left out, absent is not zero."""
-
-    id: str
-    created: int
-    owned_by: str
-    object: str = "model"
-    loaded: bool | UnsetType = UNSET
-    locations: list[dict[str, Any]] | UnsetType = UNSET
-    context_length: int | UnsetType = UNSET
-    max_model_len: int | UnsetType = UNSET
-    max_input_tokens: int | UnsetType = UNSET
-
-
-class ModelList(msgspec.Struct, frozen=True):
-    """``GET /v1/models``."""
-
-    data: list[ModelEntry]
-    object: str = "list"
+R = TypeVar("R", bound=ModelRequest)
 
 
 def decode_request(body: bytes, shape: type[R]) -> R:
@@ -292,6 +293,31 @@ def decode_request(body: bytes, shape: type[R]) -> R:
     """
     raw = decode_object(body)
     model_of(raw)
-    honoured = frozenset(field.encode_name for field in msgspec.structs.fields(shape))
+    honoured = _names(shape)
     PARAMETERS.refuse_unsupported(raw, honoured)
-    return typed({name: value for name, value in raw.items() if name in honoured}, shape)
+    for place, message in _messages(raw):
+        MESSAGE.refuse_unsupported(message, _names(ChatMessage), place)
+    request = typed({name: value for name, value in raw.items() if name in honoured}, shape)
+    request.refuse_unsupported()
+    return request
+
+
+def _names(shape: type[msgspec.Struct]) -> frozenset[str]:
+    return frozenset(field.encode_name for field in msgspec.structs.fields(shape))
+
+
+def _messages(raw: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Yield the messages that are objects, and their places; the types refuse the others."""
+    messages = raw.get("messages")
+    for index, message in enumerate(messages if isinstance(messages, list) else []):
+        if isinstance(message, dict):
+            yield f"messages[{index}]", message
+
+
+def _one_prompt(prompt: Prompt) -> Prompt:
+    """Return *prompt* as text or as a list of ids; raise ValueError for what is neither."""
+    if isinstance(prompt, str) or not any(isinstance(item, str) for item in prompt):
+        return prompt
+    if len(prompt) > 1:
+        raise ValueError("Expected one prompt: a text, or a list of token ids - at `$.prompt`")
+    return str(prompt[0])

@@ -8,11 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import msgspec
+from msgspec import Meta
 
 from cortex.ipc.errors import (
+    BodyTooLarge,
     InvalidRequest,
     MalformedJson,
     MissingModelField,
@@ -35,21 +37,38 @@ class Parameters:
     unsupported: str
     """Both with ``{name}``."""
 
-    def refuse_unsupported(self, raw: dict[str, Any], honoured: frozenset[str]) -> None:
-        """Raise UnsupportedParameter for the first field of *raw* that would be ignored."""
+    def refuse_unsupported(
+        self, raw: dict[str, Any], honoured: frozenset[str], place: str = ""
+    ) -> None:
+        """Raise UnsupportedParameter for the first field of *raw*, at *place*, to be ignored."""
         for name, value in raw.items():
             if name in honoured or name in self.without_effect:
                 continue
+            param = f"{place}.{name}" if place else name
             if name not in self.neutral:
-                raise UnsupportedParameter(self.unknown.format(name=name), param=name)
+                raise UnsupportedParameter(self.unknown.format(name=name), param=param)
             if not any(_is_same(value, neutral) for neutral in self.neutral[name]):
-                raise UnsupportedParameter(self.unsupported.format(name=name), param=name)
+                raise UnsupportedParameter(self.unsupported.format(name=name), param=param)
+
+
+MAX_NAME = 4096
+"""Characters of a model's id, which comes back in messages and lists: the longest path of Linux."""
+ModelId = Annotated[str, Meta(min_length=1, max_length=MAX_NAME)]
+
+MAX_COMMAS = 2**20
+"""More values than a prompt has tokens anywhere, and what decodes in 0.2 s at most: a body of the
+largest size can be ten million empty objects, which take 0.7 GB and stop everything for seconds."""
 
 
 def decode_object(body: bytes) -> dict[str, Any]:
-    """Return the JSON object in *body*; raise MalformedJson or InvalidRequest."""
+    """Return the JSON object in *body*; raise MalformedJson, InvalidRequest or BodyTooLarge."""
+    if body.count(b",") > MAX_COMMAS:
+        raise BodyTooLarge(f"the body has more than {MAX_COMMAS} commas: that many values, or text")
     try:
         raw = msgspec.json.decode(body)
+    except msgspec.ValidationError as exc:
+        words, _ = words_and_place(exc)
+        raise InvalidRequest(f"the body holds what cannot be read: {words}") from exc
     except (msgspec.DecodeError, UnicodeDecodeError) as exc:
         raise MalformedJson(f"the body is not JSON: {exc}") from exc
     except RecursionError as exc:
@@ -60,19 +79,22 @@ def decode_object(body: bytes) -> dict[str, Any]:
 
 
 def model_of(raw: dict[str, Any]) -> str:
-    """Return the model that a request names; raise MissingModelField."""
+    """Return the model that a request names; raise MissingModelField or InvalidRequest."""
     model = raw.get("model")
     if not isinstance(model, str) or not model:
         raise MissingModelField("the body must name a model: a non-empty string", param="model")
+    if len(model) > MAX_NAME:
+        raise InvalidRequest(f"a model's name has at most {MAX_NAME} characters", param="model")
     return model
 
 
-def typed(raw: dict[str, Any], shape: type[S]) -> S:
-    """Return *raw* as a *shape*; raise InvalidRequest with the place."""
+def typed(raw: dict[str, Any], shape: type[S], where: str = "") -> S:
+    """Return *raw*, which stands at *where*, as a *shape*; raise InvalidRequest with the place."""
     try:
-        return msgspec.convert(raw, shape)
+        return msgspec.convert(raw, shape, str_keys=True)
     except msgspec.ValidationError as exc:
-        words, place = words_and_place(exc)
+        words, inside = words_and_place(exc)
+        place = ".".join(filter(None, (where, inside)))
         raise InvalidRequest(f"{place}: {words}" if place else words, param=place or None) from exc
 
 

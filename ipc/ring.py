@@ -9,7 +9,10 @@
     token_id                        8     4    meaningless where flags has no TOKEN
     logprob                        12     4    of the unmodified distribution; NaN where not asked
     flags                          16     4    Flag bits
-    spare                          20     4    zero
+    spare                          20     4    of a TOP record its rank, from 1; else zero
+
+A TOP record is one of the likeliest alternatives to a token; those of a token come right before its
+own record, likeliest first, and end nothing.
 
 The ring's two counters *are* the two eventfds. ``write`` adds and ``read`` takes under one kernel
 spinlock, a release and an acquire: whoever reads n from ``filled`` sees those n records whole, and
@@ -48,6 +51,8 @@ class Flag(IntFlag):
     """The sequence ended at max_tokens or at the end of the context."""
     CANCELLED = 8
     """The sequence ended because somebody asked for it."""
+    TOP = 16
+    """No token of the answer: one of the likeliest for the token that follows, and its logprob."""
     FINISH = STOP | LENGTH | CANCELLED
 
 

@@ -13,6 +13,7 @@ environment, which wins over the file. What is wrong is one sentence, with its p
 from __future__ import annotations
 
 import copy
+import ipaddress
 import re
 import tomllib
 from collections.abc import Callable, Mapping, Sequence
@@ -52,6 +53,14 @@ def split_address(address: str) -> tuple[str, int]:
     return found["ipv6"] or found["host"], int(found["port"])
 
 
+def is_loopback(host: str) -> bool:
+    """Return whether only this machine can reach what listens on *host*."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
+
+
 @dataclass(frozen=True)
 class TomlFile:
     """What a file says."""
@@ -73,14 +82,17 @@ class TomlFile:
         """Read *path*, or return None where there is nothing; raise ConfigError."""
         try:
             text = path.read_text(encoding="utf-8")
-            return cls(path, tomllib.loads(text), lines_of(text))
         except FileNotFoundError:
             return None
         except OSError as exc:
             raise ConfigError(f"cannot read {path}: {exc.strerror}") from exc
         except UnicodeDecodeError as exc:
             raise ConfigError(f"cannot read {path}: it is not UTF-8") from exc
-        except tomllib.TOMLDecodeError as exc:
+        try:
+            return cls(path, tomllib.loads(text), lines_of(text))
+        except RecursionError as exc:
+            raise ConfigError(f"{path}: not TOML: it is nested too deeply") from exc
+        except ValueError as exc:  # tomllib's own, and Python's for a number of 5,000 digits
             found = _TOML_PLACE.fullmatch(str(exc))
             where, words = (f"{path}:{found['line']}", found["words"]) if found else (path, exc)
             raise ConfigError(f"{where}: not TOML: {words}") from exc

@@ -1,8 +1,8 @@
-"""Seats: how many requests a model answers at a time, and how many may wait for that.
+"""Seats: how many answers a model gives at a time, and how many requests may wait for that.
 
-``Seats`` is the arithmetic, without clock or event loop; ``Admission`` waits for it. A ticket is
-given back in every case, whether it was seated, still queued or refused, so a request that is
-cancelled at any point leaks nothing.
+A request takes a seat for each of its choices, all at once. ``Seats`` is the arithmetic, without
+clock or event loop; ``Admission`` waits for it. A ticket is given back in every case, whether it
+was seated, still queued or refused, so a request that is cancelled at any point leaks nothing.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from collections import deque
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
 
-from cortex.ipc.errors import Overloaded, ShuttingDown
+from cortex.ipc.errors import InvalidRequest, Overloaded, ShuttingDown
 
 DRAIN_RETRY_SECONDS = 15
 """About what a restart takes."""
@@ -21,9 +21,10 @@ DRAIN_RETRY_SECONDS = 15
 
 @dataclass(eq=False, slots=True)
 class Ticket:
-    """One request's place; ``on_seated`` is called when it gets a seat."""
+    """One request's place; ``on_seated`` is called when it gets its seats."""
 
     on_seated: Callable[[], None]
+    seats: int = 1
     is_seated: bool = False
 
 
@@ -38,12 +39,12 @@ class Seats:
 
     @property
     def queue_depth(self) -> int:
-        """Requests that wait for a seat."""
+        """Requests that wait for their seats."""
         return len(self._queue)
 
     def arrive(self, ticket: Ticket) -> None:
         """Seat or queue *ticket*; raise Overloaded where the queue is full."""
-        if self.in_flight < self.max_in_flight:
+        if not self._queue and self._has_room(ticket):
             self._seat(ticket)
         elif self.queue_depth < self.max_queue_depth:
             self._queue.append(ticket)
@@ -51,14 +52,14 @@ class Seats:
             raise self.overloaded(f"all {self.max_in_flight} seats are taken and the queue is full")
 
     def leave(self, ticket: Ticket) -> None:
-        """Give back whatever *ticket* has; a seat goes to who waits longest."""
-        if not ticket.is_seated:
+        """Give back whatever *ticket* has; free seats go to who waits longest."""
+        if ticket.is_seated:
+            ticket.is_seated = False
+            self.in_flight -= ticket.seats
+        else:
             with contextlib.suppress(ValueError):  # it was refused, so it never queued
                 self._queue.remove(ticket)
-            return
-        ticket.is_seated = False
-        self.in_flight -= 1
-        if self._queue and self.in_flight < self.max_in_flight:
+        while self._queue and self._has_room(self._queue[0]):
             self._seat(self._queue.popleft())
 
     def overloaded(self, why: str) -> Overloaded:
@@ -66,8 +67,11 @@ class Seats:
         retry_after_seconds = min(1 + self.queue_depth, 30)
         return Overloaded(f"{why}; try again", retry_after_seconds=retry_after_seconds)
 
+    def _has_room(self, ticket: Ticket) -> bool:
+        return self.in_flight + ticket.seats <= self.max_in_flight
+
     def _seat(self, ticket: Ticket) -> None:
-        self.in_flight += 1
+        self.in_flight += ticket.seats
         ticket.is_seated = True
         ticket.on_seated()
 
@@ -82,12 +86,21 @@ class Admission:
         self._is_closed = False
 
     @contextlib.asynccontextmanager
-    async def seat(self) -> AsyncIterator[None]:
-        """Hold a seat; raise Overloaded or ShuttingDown where there is none to be had."""
+    async def seat(self, count: int = 1) -> AsyncIterator[None]:
+        """Hold *count* seats; raise Overloaded or ShuttingDown where they are not to be had.
+
+        Raise InvalidRequest where there will never be so many.
+        """
         if self._is_closed:
             raise shutting_down()
+        if count > self.seats.max_in_flight:
+            raise InvalidRequest(
+                f"'n' is {count}, and the model gives at most {self.seats.max_in_flight} answers "
+                "at a time",
+                param="n",
+            )
         called: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        ticket = Ticket(on_seated=lambda: _call(called))
+        ticket = Ticket(lambda: _call(called), count)
         try:
             self.seats.arrive(ticket)
             await self._wait(called)

@@ -7,19 +7,30 @@ from collections.abc import AsyncIterator
 
 from aiohttp import web
 
-from cortex.ipc.node_api import MAX_BODY_BYTES
+from cortex.ipc.http_server import HttpRunner
 from cortex.ipc.taps import Tap
+from cortex.runtime.access import Access, admitting
 from cortex.runtime.activation import Activation
 from cortex.runtime.cached_models import CachedModels
 from cortex.runtime.config import NeuronConfig
 from cortex.runtime.discovery import Inventory
+from cortex.runtime.door import Door
+from cortex.runtime.embeddings import Embeddings
 from cortex.runtime.health import Report
 from cortex.runtime.inference import Inference, Timing
 from cortex.runtime.metrics import Metrics
-from cortex.runtime.middlewares import echo_request_id, errors_as_json, with_request_id
+from cortex.runtime.middlewares import (
+    echo_request_id,
+    errors_as_json,
+    refuse,
+    with_request_id,
+)
 from cortex.runtime.node import Node
+from cortex.runtime.openapi import document
+from cortex.runtime.prompts import TextThreads
 from cortex.runtime.readings import Readings
-from cortex.runtime.routes import ROUTES, SERVICES, Services
+from cortex.runtime.route_table import ROUTES
+from cortex.runtime.routes import DOCUMENT, SERVICES, Services
 from cortex.runtime.traffic import Traffics
 from cortex.runtime.version import Build
 
@@ -28,6 +39,7 @@ def build_services(
     config: NeuronConfig,
     node: Node,
     *,
+    access: Access,
     inventory: Inventory,
     readings: Readings,
     activation: Activation,
@@ -45,11 +57,25 @@ def build_services(
         traffics=traffics,
     )
     metrics = Metrics(report.health)
+    timing = timing or Timing()
+    threads = TextThreads()
+    door = Door(
+        traffics,
+        metrics,
+        tap,
+        clock=timing.clock,
+        body_patience_seconds=timing.body_patience_seconds,
+    )
     return Services(
         node=node,
+        timing=timing,
+        access=access,
         report=report,
-        inference=Inference(node, traffics, metrics, tap=tap, timing=timing or Timing()),
-        cached=CachedModels(config.cache_directory, None if config.is_loopback else ()),
+        door=door,
+        threads=threads,
+        inference=Inference(node, traffics, door, threads, timing),
+        embeddings=Embeddings(node, traffics, door, threads),
+        cached=CachedModels(config.places),
         metrics=metrics,
         build=build,
         started=int(time.time()),
@@ -57,20 +83,24 @@ def build_services(
 
 
 def build_app(services: Services) -> web.Application:
-    """Return the application; serve it with ``handler_cancellation=True``.
-
-    That is how a client that leaves ends its generation, in prefill too and without a stream.
-    """
-    app = web.Application(
-        middlewares=[with_request_id, errors_as_json], client_max_size=MAX_BODY_BYTES
-    )
+    """Return the application; it needs the server of ``build_runner``."""
+    app = web.Application(middlewares=[with_request_id, errors_as_json, admitting(services.access)])
     app[SERVICES] = services
-    app.add_routes(ROUTES)
+    app[DOCUMENT] = document(ROUTES, services.build.package_version)
+    app.add_routes([route.definition() for route in ROUTES])
     app.on_response_prepare.append(echo_request_id)
     app.cleanup_ctx.append(_text_threads)
     return app
 
 
+def build_runner(app: web.Application, shutdown_timeout: float) -> HttpRunner:
+    """Return what serves *app*: it cancels the handlers of clients that leave.
+
+    That is how their generations end, in prefill too and without a stream.
+    """
+    return HttpRunner(app, refuse, shutdown_timeout=shutdown_timeout)
+
+
 async def _text_threads(app: web.Application) -> AsyncIterator[None]:
     yield
-    app[SERVICES].inference.close()
+    app[SERVICES].threads.close()

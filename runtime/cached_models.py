@@ -8,51 +8,52 @@ from __future__ import annotations
 
 import asyncio
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 
 from cortex.ipc.errors import ModelNotFound, Unloadable
-from cortex.ipc.node_api import Capabilities, Limit
+from cortex.ipc.node_api import Capabilities, Limit, LoadRequest
 from cortex.models.checkpoints.checkpoint import Checkpoint
 from cortex.models.checkpoints.errors import CheckpointError
+from cortex.runtime.chat import ChatOptions
+from cortex.runtime.model_files import find
 from cortex.runtime.node import TextView
-from cortex.runtime.sources import Source, cached
+from cortex.runtime.places import Places
 from cortex.runtime.text import TextSide
 
 KEPT_TEXT_SIDES = 4
 
 
 class CachedModels:
-    """Models by what lies in *cache* and, where *file_roots* allow, elsewhere on the disk.
-
-    *file_roots* are the directories that ``file:`` may read below; None is any.
-    """
+    """Models by what lies in the caches and, where *places* allow, elsewhere on the disk."""
 
     def __init__(
         self,
-        cache: Path,
-        file_roots: Sequence[Path] | None,
-        open_text: Callable[[Path], TextView] = TextSide.from_checkpoint,
+        places: Places,
+        open_text: Callable[[Path, ChatOptions], TextView] = TextSide.from_checkpoint,
     ) -> None:
-        self._cache = cache
-        self._file_roots = file_roots
+        self._places = places
         self._open_text = open_text
         self._text_sides: OrderedDict[Path, TextView] = OrderedDict()
         self._opening = asyncio.Lock()
 
     async def capabilities(self, model_id: str) -> Capabilities:
-        """Return what the checkpoint's headers say; raise ModelNotFound where there is none."""
+        """Return what headers and tokeniser say; raise ModelNotFound where there are none.
+
+        It is what a load that settles nothing about its chats would make of them.
+        """
         path = await asyncio.to_thread(self._path, model_id)
         try:
             checkpoint = await asyncio.to_thread(_supported, path)
         except (CheckpointError, OSError) as exc:
             raise ModelNotFound(f"the files of {model_id!r} cannot be served: {exc}") from exc
+        text = await self.text_side(model_id)
         context = checkpoint.config.get("max_position_embeddings")
         return Capabilities(
-            capabilities=["text"],
+            capabilities=text.abilities,
             limit=Limit(context=context) if isinstance(context, int) else None,
-            tool_call=False,
-            reasoning=False,
+            tool_call=text.takes_tools,
+            reasoning=text.reasons,
             size_bytes=checkpoint.weights_bytes,
             source="cache",
         )
@@ -62,10 +63,12 @@ class CachedModels:
         path = await asyncio.to_thread(self._path, model_id)
         async with self._opening:  # whoever comes meanwhile finds it open
             if path not in self._text_sides:
+                options = ChatOptions.of(LoadRequest(model_id))
                 try:
-                    self._text_sides[path] = await asyncio.to_thread(self._open_text, path)
+                    text = await asyncio.to_thread(self._open_text, path, options)
                 except (CheckpointError, Unloadable, OSError) as exc:
                     raise ModelNotFound(f"the files of {model_id!r} cannot be read: {exc}") from exc
+                self._text_sides[path] = text
             self._text_sides.move_to_end(path)
             while len(self._text_sides) > KEPT_TEXT_SIDES:
                 self._text_sides.popitem(last=False)
@@ -73,7 +76,7 @@ class CachedModels:
 
     def _path(self, model_id: str) -> Path:
         try:
-            path = cached(Source.parse(model_id, self._file_roots), self._cache)
+            path = find(self._places, model_id)
         except Unloadable as exc:
             raise ModelNotFound(str(exc)) from exc
         if path is None:

@@ -6,60 +6,102 @@ content of several text parts    the texts, end to end, nothing between them
 role developer                   role system, which it is the newer name of
 refusal of the assistant         part of its text
 reasoning_content                handed to the template, which shows it where the model wants it
-tool turns and calls, media      refused: not supported by this version
+calls of the assistant           calls whose arguments are objects; none at all are left out
+a result without a name          the name of the call that it answers, where that is known
+role function                    refused: the older way, in words that name the newer
+images, audio, files             refused, naming the part
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import json
+from collections.abc import Sequence
 from typing import Any
 
 from cortex.ipc.errors import InvalidRequest, UnsupportedParameter
 from cortex.ipc.openai import ChatMessage
+from cortex.ipc.tools import ToolCall
 
 Turn = dict[str, Any]
-"""What a template sees of one message: plain strings only."""
+"""What a template sees of one message: ``role``, ``content``, which is text, and more."""
 
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
-TOOL_ROLES = frozenset({"tool", "function"})
-FOLD_SEPARATOR = "\n\n"
+ROLES = {
+    "system": "system",
+    "developer": "system",
+    "user": "user",
+    "assistant": "assistant",
+    "tool": "tool",
+}
 
 
 def turns_of(messages: Sequence[ChatMessage]) -> list[Turn]:
     """Return *messages* as turns; raise InvalidRequest or UnsupportedParameter, naming a place."""
     if not messages:
         raise InvalidRequest("there must be at least one message", param="messages")
-    return [_turn(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    turns = [_turn(message, f"messages[{i}]") for i, message in enumerate(messages)]
+    called: dict[str, str] = {}
+    for turn in turns:
+        called |= {call["id"]: call["function"]["name"] for call in turn.get("tool_calls", ())}
+        if turn["role"] == "tool" and turn.get("tool_call_id") in called:
+            turn.setdefault("name", called[turn["tool_call_id"]])
+    return turns
 
 
 def _turn(message: ChatMessage, place: str) -> Turn:
-    _refuse_tools(message, place)
-    if message.role not in ROLES:
-        raise InvalidRequest(
-            f"the role {message.role!r} is not one of {', '.join(ROLES)}", param=f"{place}.role"
-        )
+    _refuse_role(message, place)
     turn: Turn = {
         "role": ROLES[message.role],
         "content": _text(message.content, f"{place}.content") + (message.refusal or ""),
     }
     if message.name is not None:
         turn["name"] = message.name
-    if message.reasoning_content is not None:
-        turn["reasoning_content"] = message.reasoning_content
+    if message.reasoning_content is not None:  # by both names that templates read it by
+        reasoning = message.reasoning_content
+        turn = {"thinking": reasoning, **turn, "reasoning_content": reasoning}
+    if message.tool_call_id is not None:
+        turn["tool_call_id"] = message.tool_call_id
+    if message.tool_calls:
+        turn["tool_calls"] = [
+            _call(call, f"{place}.tool_calls[{i}]") for i, call in enumerate(message.tool_calls)
+        ]
     return turn
 
 
-def _refuse_tools(message: ChatMessage, place: str) -> None:
-    for name, is_used in {
-        "role": message.role in TOOL_ROLES,
-        "tool_calls": bool(message.tool_calls),
-        "tool_call_id": message.tool_call_id is not None,
-    }.items():
-        if is_used:
-            raise UnsupportedParameter(
-                "tools are not supported by this version, nor are their turns in a conversation",
-                param=f"{place}.{name}",
-            )
+def _refuse_role(message: ChatMessage, place: str) -> None:
+    if message.role == "function":
+        raise UnsupportedParameter(
+            "the role 'function' is the older way to give a result; use 'tool' and tool_call_id",
+            param=f"{place}.role",
+        )
+    if message.role not in ROLES:
+        raise InvalidRequest(
+            f"the role {message.role!r} is not one of {', '.join(ROLES)}", param=f"{place}.role"
+        )
+    if message.tool_calls and message.role != "assistant":
+        raise InvalidRequest(
+            f"only the assistant calls tools, not {message.role!r}", param=f"{place}.tool_calls"
+        )
+    if message.tool_call_id is not None and message.role != "tool":
+        raise InvalidRequest(
+            f"only a tool's turn answers a call, not {message.role!r}",
+            param=f"{place}.tool_call_id",
+        )
+
+
+def _call(call: ToolCall, place: str) -> dict[str, Any]:
+    """Return a call whose arguments are an object; no text at all means none."""
+    text = call.function.arguments
+    try:
+        arguments = json.loads(text, strict=False) if text.strip() else {}
+    except (ValueError, RecursionError):
+        arguments = None
+    if not isinstance(arguments, dict):
+        raise InvalidRequest(
+            "the arguments of a call must be the JSON text of an object",
+            param=f"{place}.function.arguments",
+        )
+    function = {"name": call.function.name, "arguments": arguments}
+    return {"id": call.id, "type": call.type, "function": function}
 
 
 def _text(content: str | list[dict[str, Any]] | None, place: str) -> str:
@@ -72,57 +114,10 @@ def _part(part: dict[str, Any], place: str) -> str:
     kind = part.get("type")
     if kind not in {"text", "refusal"}:
         raise UnsupportedParameter(
-            f"content parts of type {kind!r} are not supported by this version; use text",
+            f"this model reads text only: it cannot take a part of type {kind!r}",
             param=f"{place}.type",
         )
     text = part.get(kind)
     if not isinstance(text, str):
         raise InvalidRequest(f"a {kind} part needs a string in {kind!r}", param=f"{place}.{kind}")
     return text
-
-
-def fold_systems(turns: Iterable[Turn], *, keep_first: bool) -> list[Turn]:
-    """Return *turns* with no system turn, save a leading one if *keep_first*.
-
-    Leading system turns become one. Any other joins the user turn that follows it, else the one
-    before it, else becomes a user turn where it stands. Order and every word are kept.
-    """
-    folded: list[Turn] = []
-    pending: list[str] = []  # system texts that wait for a user turn right behind them
-    for turn in turns:
-        if turn["role"] == "system":
-            if keep_first and not pending and [t["role"] for t in folded] in ([], ["system"]):
-                _append(folded, turn)
-            else:
-                pending.append(turn["content"])
-        elif turn["role"] == "user":
-            texts = [*pending, turn["content"]]
-            folded.append({**turn, "content": FOLD_SEPARATOR.join(texts)})
-            pending = []
-        else:
-            _settle(folded, pending)
-            pending = []
-            folded.append(turn)
-    _settle(folded, pending)
-    return folded
-
-
-def _append(folded: list[Turn], turn: Turn) -> None:
-    """Start the leading system turn, or add to it."""
-    if folded:
-        joined = FOLD_SEPARATOR.join([folded[0]["content"], turn["content"]])
-        folded[0] = {**folded[0], "content": joined}
-    else:
-        folded.append(turn)
-
-
-def _settle(folded: list[Turn], pending: Sequence[str]) -> None:
-    """Put texts that no user turn follows where they stand: into the user turn before them."""
-    if not pending:
-        return
-    text = FOLD_SEPARATOR.join(pending)
-    if folded and folded[-1]["role"] == "user":
-        joined = FOLD_SEPARATOR.join([folded[-1]["content"], text])
-        folded[-1] = {**folded[-1], "content": joined}
-    else:
-        folded.append({"role": "user", "content": text})

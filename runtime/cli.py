@@ -1,4 +1,4 @@
-"""``neuron serve | tap``: what can be wrong is one sentence and an exit code, never a traceback.
+"""``neuron serve | check | tap``: what can be wrong is a sentence and an exit code, no traceback.
 
 Exit codes: 0 stopped as asked, 1 something outside is in the way, 2 the configuration is wrong.
 """
@@ -11,12 +11,16 @@ from typing import Annotated, NoReturn
 
 import msgspec
 import typer
+from rich.console import Console
 
 from cortex.ipc import taps
 from cortex.ipc.log import configure_logging
+from cortex.ipc.node_api import LoadRequest
 from cortex.ipc.settings import ConfigError
 from cortex.ipc.version import BUILD
 from cortex.runtime.config import load_config, parse_devices
+from cortex.runtime.device_budget import resolve_devices
+from cortex.runtime.host import Host
 
 INTERRUPTED = 130
 
@@ -31,6 +35,7 @@ app = typer.Typer(
 \b
   neuron serve                                  defaults: 127.0.0.1:13131, every GPU or cpu:0
   neuron serve --model smollm2-135m-instruct    load the small embedded model at once
+  neuron check org/name                         what a model would take, and whether it fits
   neuron tap                                    watch what a running neuron does
 """,
 )
@@ -57,6 +62,10 @@ Config = Annotated[
     typer.Option(metavar="FILE", help="Configuration; /etc/neuron/neuron.toml where it exists."),
 ]
 
+Devices = Annotated[
+    str | None, typer.Option(metavar="NAMES", help="auto, or names: cuda:0,cuda:1 or cpu:0.")
+]
+
 
 @app.command()
 def serve(
@@ -64,9 +73,7 @@ def serve(
     listen: Annotated[
         str | None, typer.Option(metavar="HOST:PORT", help="Where to listen; port 0 is any.")
     ] = None,
-    devices: Annotated[
-        str | None, typer.Option(metavar="NAMES", help="auto, or names: cuda:0,cuda:1 or cpu:0.")
-    ] = None,
+    devices: Devices = None,
     model: Annotated[
         list[str] | None,
         typer.Option(metavar="ID", help="Load at the start instead of the file's; repeatable."),
@@ -109,6 +116,57 @@ def serve(
         _fail(str(exc), 1)
     except KeyboardInterrupt:  # before the loop took over the signal
         raise typer.Exit(INTERRUPTED) from None
+
+
+@app.command()
+def check(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="As in --model of serve.")],
+    *,
+    quant: Annotated[
+        str | None, typer.Option(metavar="TAG", help="A GGUF file of the repository: Q4_0, Q8_0...")
+    ] = None,
+    max_context_tokens: Annotated[
+        int | None, typer.Option(metavar="N", min=16, help="Instead of the model's own.")
+    ] = None,
+    devices: Devices = None,
+    json: Annotated[bool, typer.Option("--json", help="Print numbers for programs.")] = False,
+    config: Config = None,
+) -> None:
+    """Say what a load of MODEL would take and where it would fit; nothing is loaded.
+
+    \b
+    Of a model at a hub only the headers are fetched, not the weights. A running neuron is not
+    needed, and not asked: what it holds counts as used.
+
+    \b
+      neuron check Qwen/Qwen3-0.6B
+      neuron check Qwen/Qwen3-0.6B-GGUF --quant Q8_0 --max-context-tokens 8192
+      neuron check file:/models/SmolLM2-135M-Instruct.Q4_1.gguf --devices cpu:0
+      neuron check smollm2-135m-instruct --json
+
+    \b
+    Exit status: 0 it can be loaded now, 1 it cannot, 2 the question was wrong.
+    """  # noqa: D301 - as above
+    from cortex.runtime import check as checking
+    from cortex.runtime.serving import Surroundings
+
+    try:
+        named = None if devices is None else parse_devices(devices)
+        settings = load_config(config, devices=named)
+        configure_logging("neuron", settings.log_level)
+        host = Surroundings.look()
+        specs = resolve_devices(settings, host.inventory, Host.read())
+        places = settings.places
+    except ConfigError as exc:
+        _fail(str(exc), 2)
+    request = LoadRequest(model, quant=quant, max_context_tokens=max_context_tokens)
+    rooms = checking.rooms_of(specs, host.inventory, host.probe)
+    answer = checking.check(request, places, rooms)
+    if json:
+        typer.echo(msgspec.json.format(msgspec.json.encode(answer)).decode())
+    else:
+        checking.show(Console(), answer)
+    raise typer.Exit(0 if answer.loadable else 1)
 
 
 @app.command()

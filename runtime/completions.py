@@ -1,6 +1,5 @@
-"""Token records to answers: text as it finishes, and the OpenAI objects that carry it.
+"""What answers have said, as the objects of OpenAI's dialect.
 
-Answer           records in, text that may be sent out; knows how the sequence ended
 ChatAnswers      chat.completion and chat.completion.chunk
 TextAnswers      text_completion, whole and in part
 """
@@ -9,129 +8,87 @@ from __future__ import annotations
 
 import secrets
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import msgspec
-from msgspec import UNSET, UnsetType
+from msgspec import UNSET
 
-from cortex.ipc.errors import NodeFailed
-from cortex.ipc.openai import (
+from cortex.ipc.errors import MalformedToolCall
+from cortex.ipc.openai_answers import (
     AnswerMessage,
     ChatCompletion,
     ChatCompletionChunk,
+    ChatLogprobs,
     Choice,
     ChunkChoice,
     Completion,
+    CompletionTokensDetails,
     Delta,
     FinishReason,
+    FunctionDelta,
     PromptTokensDetails,
+    StopReason,
     TextChoice,
+    TextLogprobs,
+    ToolCallDelta,
     Usage,
 )
-from cortex.ipc.ring import Flag, TokenRecord
+from cortex.runtime.answer import Said
+from cortex.runtime.logprobs import Scored
+from cortex.runtime.pieces import (
+    CallArguments,
+    CallBegins,
+    CallMalformed,
+    Piece,
+    Reasoning,
+    Text,
+)
+
+Logged = Sequence[Scored] | None
+"""Log probabilities that go with a chunk; None where nobody asked for any."""
 
 
-class TokensToText(Protocol):
-    """What we need of a detokeniser: finished UTF-8 only, the rest at the end."""
+class Ended(NamedTuple):
+    """How one answer ended."""
 
-    def add(self, token_ids: list[int]) -> str:
-        """Return the text that became final."""
-
-    def flush(self) -> str:
-        """Return what is left."""
+    finish_reason: FinishReason
+    stop_reason: str | int | None
 
 
-class TextUntilStop(Protocol):
-    """What we need of the stop strings: text that cannot be part of one any more."""
+def usage_of(prompt_tokens: int, completion_tokens: int, reasoning_tokens: int | None) -> Usage:
+    """Return the tokens of one request; this engine has no prefix cache, so none was cached.
 
-    hit: str | None
-    """The one that was found."""
-
-    def add(self, text: str) -> tuple[str, bool]:
-        """Return text safe to send, and whether a stop string was hit."""
-
-    def flush(self) -> str:
-        """Return what was held back."""
-
-
-class Answer:
-    """The text of one sequence; ``finish_reason`` is None while it runs."""
-
-    def __init__(self, detokenizer: TokensToText, stops: TextUntilStop) -> None:
-        self.completion_tokens = 0
-        self.finish_reason: FinishReason | None = None
-        self.stop_string: str | None = None
-        self._detokenizer = detokenizer
-        self._stops = stops
-
-    def add(self, records: list[TokenRecord]) -> str:
-        """Return the text that *records* finish; raise NodeFailed where somebody else cancelled.
-
-        Tokens behind a stop string do not count: how many there are is a matter of timing.
-        """
-        pieces: list[str] = []
-        for record in records:
-            pieces.append(self._add(record))
-            if self.finish_reason is not None:
-                break
-        return "".join(pieces)
-
-    def _add(self, record: TokenRecord) -> str:
-        shown: list[int] = []
-        if record.flags & Flag.TOKEN:
-            self.completion_tokens += 1
-            if not record.flags & Flag.STOP:
-                shown = [record.token_id]
-        text, is_stopped = self._stops.add(self._detokenizer.add(shown))
-        if is_stopped:
-            return self._stop(text)
-        if record.flags & Flag.CANCELLED:
-            raise NodeFailed("the generation was cancelled by the node")
-        return text + self._finish(record.flags) if record.flags & Flag.FINISH else text
-
-    def _finish(self, flags: int) -> str:
-        """Return what was held back, now that no token follows."""
-        text, is_stopped = self._stops.add(self._detokenizer.flush())
-        if is_stopped:
-            return self._stop(text)
-        self.finish_reason = "length" if flags & Flag.LENGTH else "stop"
-        return text + self._stops.flush()
-
-    def _stop(self, text: str) -> str:
-        self.finish_reason = "stop"
-        self.stop_string = self._stops.hit
-        return text
-
-
-def usage_of(prompt_tokens: int, completion_tokens: int) -> Usage:
-    """Return the tokens of one answer; this engine has no prefix cache, so none was cached."""
+    *reasoning_tokens* are None for a model that does not reason.
+    """
     return Usage(
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
         total_tokens=prompt_tokens + completion_tokens,
         prompt_tokens_details=PromptTokensDetails(cached_tokens=0),
+        completion_tokens_details=(
+            None if reasoning_tokens is None else CompletionTokensDetails(reasoning_tokens)
+        ),
     )
 
 
 class Answers(Protocol):
-    """One dialect's objects for one answer."""
+    """One dialect's objects for the choices of one request."""
 
-    def opening(self) -> msgspec.Struct:
-        """Return the first chunk, which is sent before anything is computed."""
+    def opening(self, index: int, /) -> msgspec.Struct:
+        """Return the first chunk of a choice, which is sent before anything is computed."""
 
-    def piece(self, text: str) -> msgspec.Struct:
-        """Return the chunk that adds *text*."""
+    def piece(self, index: int, piece: Piece, logprobs: Logged, /) -> msgspec.Struct:
+        """Return the chunk that adds *piece*; raise MalformedToolCall where it takes back."""
 
-    def ending(self, reason: FinishReason, stop_string: str | None, /) -> msgspec.Struct:
-        """Return the chunk that says why it ended."""
+    def ending(self, index: int, ended: Ended, logprobs: Logged, /) -> msgspec.Struct:
+        """Return the chunk that says why a choice ended."""
 
-    def usage(self, usage: Usage) -> msgspec.Struct:
+    def usage(self, usage: Usage, /) -> msgspec.Struct:
         """Return the chunk that carries the usage and no choice."""
 
-    def whole(
-        self, text: str, reason: FinishReason, stop_string: str | None, usage: Usage, /
-    ) -> msgspec.Struct:
+    def whole(self, choices: Sequence[tuple[Said, Ended]], usage: Usage, /) -> msgspec.Struct:
         """Return the answer that does not stream."""
 
 
@@ -148,30 +105,44 @@ class ChatAnswers:
     id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=_now)
 
-    def opening(self) -> ChatCompletionChunk:
+    def opening(self, index: int) -> ChatCompletionChunk:
         """Return the chunk with the role."""
-        return self._chunk(ChunkChoice(Delta(role="assistant", content="")))
+        return self._chunk(ChunkChoice(Delta(role="assistant", content=""), index=index))
 
-    def piece(self, text: str) -> ChatCompletionChunk:
-        """Return a chunk with content."""
-        return self._chunk(ChunkChoice(Delta(content=text)))
+    def piece(self, index: int, piece: Piece, logprobs: Logged) -> ChatCompletionChunk:
+        """Return a chunk with content, reasoning, or a part of a call."""
+        delta = _delta(piece)
+        return self._chunk(ChunkChoice(delta, index=index, logprobs=_of_chat(logprobs)))
 
-    def ending(self, reason: FinishReason, stop_string: str | None) -> ChatCompletionChunk:
+    def ending(self, index: int, ended: Ended, logprobs: Logged) -> ChatCompletionChunk:
         """Return the chunk with the finish reason."""
         return self._chunk(
-            ChunkChoice(Delta(), finish_reason=reason, stop_reason=_or_unset(stop_string))
+            ChunkChoice(
+                Delta(),
+                ended.finish_reason,
+                index,
+                _of_chat(logprobs) if logprobs else None,
+                _or_unset(ended.stop_reason),
+            )
         )
 
     def usage(self, usage: Usage) -> ChatCompletionChunk:
         """Return the chunk with the usage."""
         return ChatCompletionChunk(self.id, self.created, self.model, [], usage=usage)
 
-    def whole(
-        self, text: str, reason: FinishReason, stop_string: str | None, usage: Usage
-    ) -> ChatCompletion:
+    def whole(self, choices: Sequence[tuple[Said, Ended]], usage: Usage) -> ChatCompletion:
         """Return the whole completion."""
-        choice = Choice(AnswerMessage(text), reason, stop_reason=_or_unset(stop_string))
-        return ChatCompletion(self.id, self.created, self.model, [choice], usage)
+        made = [
+            Choice(
+                _message(said),
+                ended.finish_reason,
+                index,
+                _of_chat(said.logprobs),
+                _or_unset(ended.stop_reason),
+            )
+            for index, (said, ended) in enumerate(choices)
+        ]
+        return ChatCompletion(self.id, self.created, self.model, made, usage)
 
     def _chunk(self, choice: ChunkChoice) -> ChatCompletionChunk:
         usage = None if self.nullable else UNSET
@@ -180,40 +151,111 @@ class ChatAnswers:
 
 @dataclass(frozen=True, slots=True)
 class TextAnswers:
-    """The objects of one text completion; the opening chunk is empty text."""
+    """The objects of one text completion, whose pieces are texts; the opening one is empty."""
 
     model: str
     nullable: bool = False
     id: str = field(default_factory=lambda: f"cmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=_now)
 
-    def opening(self) -> Completion:
+    def opening(self, index: int) -> Completion:
         """Return the empty first chunk."""
-        return self.piece("")
+        return self._chunk(TextChoice("", index=index))
 
-    def piece(self, text: str) -> Completion:
+    def piece(self, index: int, piece: Piece, logprobs: Logged) -> Completion:
         """Return a chunk with text."""
-        return self._chunk(TextChoice(text))
+        assert isinstance(piece, Text), "a text completion is read as it is"
+        return self._chunk(TextChoice(piece.text, index=index, logprobs=_of_text(logprobs)))
 
-    def ending(self, reason: FinishReason, _stop_string: str | None) -> Completion:
-        """Return the chunk with the finish reason; this dialect has no place for the string."""
-        return self._chunk(TextChoice("", reason))
+    def ending(self, index: int, ended: Ended, logprobs: Logged) -> Completion:
+        """Return the chunk with the finish reason."""
+        said = _of_text(logprobs) if logprobs else None
+        reason = _or_unset(ended.stop_reason)
+        return self._chunk(TextChoice("", ended.finish_reason, index, said, reason))
 
     def usage(self, usage: Usage) -> Completion:
         """Return the chunk with the usage."""
         return Completion(self.id, self.created, self.model, [], usage=usage)
 
-    def whole(
-        self, text: str, reason: FinishReason, _stop_string: str | None, usage: Usage
-    ) -> Completion:
+    def whole(self, choices: Sequence[tuple[Said, Ended]], usage: Usage) -> Completion:
         """Return the whole completion."""
-        choice = TextChoice(text, reason)
-        return Completion(self.id, self.created, self.model, [choice], usage=usage)
+        made = [
+            TextChoice(
+                said.text,
+                ended.finish_reason,
+                index,
+                _of_text(said.logprobs),
+                _or_unset(ended.stop_reason),
+            )
+            for index, (said, ended) in enumerate(choices)
+        ]
+        return Completion(self.id, self.created, self.model, made, usage=usage)
 
     def _chunk(self, choice: TextChoice) -> Completion:
         usage = None if self.nullable else UNSET
         return Completion(self.id, self.created, self.model, [choice], usage=usage)
 
 
-def _or_unset(text: str | None) -> str | UnsetType:
-    return UNSET if text is None else text
+def _delta(piece: Piece) -> Delta:
+    match piece:
+        case Text(text):
+            return Delta(content=text)
+        case Reasoning(text):
+            return Delta(reasoning_content=text)
+        case CallArguments(index, text):
+            return Delta(tool_calls=[ToolCallDelta(index, FunctionDelta(text))])
+        case CallBegins(index, call_id, name):
+            call = ToolCallDelta(index, FunctionDelta("", name), call_id, "function")
+            return Delta(tool_calls=[call])
+        case CallMalformed():
+            raise MalformedToolCall(
+                "the model began a call of a tool and wrote no JSON object as its arguments"
+            )
+
+
+def _message(said: Said) -> AnswerMessage:
+    """Return the turn; content is null where there is nothing but calls."""
+    calls = said.calls
+    return AnswerMessage(
+        said.text or (None if calls else ""),
+        reasoning_content=said.reasoning or UNSET,
+        tool_calls=calls or UNSET,
+    )
+
+
+def _of_chat(logprobs: Logged) -> ChatLogprobs | None:
+    return None if logprobs is None else ChatLogprobs([scored.token for scored in logprobs])
+
+
+def _of_text(logprobs: Logged) -> TextLogprobs | None:
+    if logprobs is None:
+        return None
+    return TextLogprobs(
+        tokens=[_named(scored.token.bytes) for scored in logprobs],
+        token_logprobs=[scored.token.logprob for scored in logprobs],
+        top_logprobs=[_tops(scored) for scored in logprobs],
+        text_offset=[scored.offset for scored in logprobs],
+    )
+
+
+def _tops(scored: Scored) -> dict[str, float]:
+    """Return the likeliest tokens by name, the chosen one always among them."""
+    token = scored.token
+    chosen = {} if token.logprob is None else {_named(token.bytes): token.logprob}
+    likeliest: dict[str, float] = {}
+    for top in token.top_logprobs:
+        likeliest.setdefault(_named(top.bytes), top.logprob)  # of one name, the likeliest
+    return likeliest | {name: p for name, p in chosen.items() if name not in likeliest}
+
+
+def _named(token: list[int]) -> str:
+    r"""Return a token as this dialect names it: ``bytes:\xf0\x9f`` where it is no whole text."""
+    raw = bytes(token)
+    try:
+        return raw.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in raw)
+
+
+def _or_unset(reason: str | int | None) -> StopReason:
+    return UNSET if reason is None else reason

@@ -1,6 +1,7 @@
 """The neuron's configuration: one TOML file, overridden by the environment; errors in words.
 
-    NeuronConfig      listen, devices, models, cache, admission, taps, drain_seconds, log_level
+    NeuronConfig      listen, devices, models, cache, sources, admission, engine, taps,
+                      auth, tls, drain_seconds, log_level
     DeviceSpec        one device as it will run: its memory budget in bytes, its threads
 
 ``NEURON_`` and the path of an option, joined by ``__``, override the file: ``NEURON_LISTEN``,
@@ -18,8 +19,19 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
+from cortex.ipc import injection
+from cortex.ipc.keys import AbsolutePath
 from cortex.ipc.node_api import NEURON_PORT, LoadRequest
-from cortex.ipc.settings import Address, ConfigError, Origin, Settings, Table, split_address
+from cortex.ipc.settings import (
+    Address,
+    ConfigError,
+    Origin,
+    Settings,
+    Table,
+    is_loopback,
+    split_address,
+)
+from cortex.runtime.places import Places, SourcesConfig, places_of
 from cortex.runtime.sources import default_cache
 
 DEFAULT_PATH = Path("/etc/neuron/neuron.toml")
@@ -27,6 +39,9 @@ SERVICE_DIRECTORY = Path("/run/neuron")
 PREFIX = "NEURON_"
 VALIDATION_SCRIPT = frozenset({"NEURON_PORT", "NEURON_LOAD_TIMEOUT", "NEURON_INFER_TIMEOUT"})
 """Read by scripts/validate-neuron.sh, which may run in the same environment; not options."""
+
+TEST_FAULTS = "NEURON_TEST_FAULTS"
+"""For tests, and no option: what shall go wrong; see ``cortex.ipc.injection``."""
 
 DeviceName = Annotated[
     str, Meta(pattern=r"^(cpu|cuda):(0|[1-9]\d*)\Z", description="cpu:N or cuda:N")
@@ -44,10 +59,13 @@ class DeviceConfig(Table, frozen=True):
     """Of a CPU device; by default an equal share of the cores."""
 
 
+Directory = Annotated[str, Meta(pattern=r"^[^\0]*\Z", description="a path")]
+
+
 class CacheConfig(Table, frozen=True):
     """``[cache]``: where fetched models lie."""
 
-    directory: str = ""
+    directory: Directory = ""
     """Empty: ``cortex/models`` in the user's cache directory."""
 
 
@@ -62,12 +80,37 @@ class AdmissionConfig(Table, frozen=True):
     """How long a request waits for a seat before it is answered 503 ``overloaded``."""
 
 
+class EngineConfig(Table, frozen=True):
+    """``[engine]``: when a device process counts as hanging; it is killed and begins anew."""
+
+    step_deadline_seconds: Annotated[float, Meta(gt=0)] = 60.0
+    """The longest that one step may take."""
+    load_stall_seconds: Annotated[float, Meta(gt=0)] = 300.0
+    """The longest that a load may make no progress."""
+
+
 class TapsConfig(Table, frozen=True):
     """``[taps]``: the debug sockets that ``neuron tap`` reads."""
 
     enabled: bool = True
-    directory: str = ""
+    directory: Directory = ""
     """Empty: ``taps-PORT`` in /run/neuron, else in the user's runtime or cache directory."""
+
+
+class AuthConfig(Table, frozen=True):
+    """``[auth]``: who may use the node."""
+
+    key_file: AbsolutePath | None = None
+    """One key per line, one of which every request needs; unset, whoever reaches the node may."""
+
+
+class TlsConfig(Table, frozen=True):
+    """``[tls]``: both or none; TLS 1.2 and later."""
+
+    certificate_file: AbsolutePath | None = None
+    """PEM: the node's certificate, then those that lead to its authority."""
+    key_file: AbsolutePath | None = None
+    """PEM: the private key of the certificate, without a password."""
 
 
 class NeuronConfig(Table, frozen=True):
@@ -79,8 +122,12 @@ class NeuronConfig(Table, frozen=True):
     models: list[LoadRequest] = msgspec.field(default_factory=list)
     """Loaded one after the other at the start, while the neuron already answers."""
     cache: CacheConfig = CacheConfig()
+    sources: SourcesConfig = SourcesConfig()
     admission: AdmissionConfig = AdmissionConfig()
+    engine: EngineConfig = EngineConfig()
     taps: TapsConfig = TapsConfig()
+    auth: AuthConfig = AuthConfig()
+    tls: TlsConfig = TlsConfig()
     drain_seconds: Annotated[float, Meta(ge=0)] = 60.0
     """How long running requests may take to finish after SIGTERM."""
     log_level: Literal["debug", "info", "warning", "error"] = "info"
@@ -93,8 +140,7 @@ class NeuronConfig(Table, frozen=True):
     @property
     def is_loopback(self) -> bool:
         """Whether only this machine can reach the neuron."""
-        host = self.address[0]
-        return host in {"localhost", "::1"} or host.startswith("127.")
+        return is_loopback(self.address[0])
 
     @property
     def cache_directory(self) -> Path:
@@ -102,6 +148,13 @@ class NeuronConfig(Table, frozen=True):
         if self.cache.directory:
             return Path(self.cache.directory).expanduser()
         return default_cache(os.environ)
+
+    @property
+    def places(self) -> Places:
+        """Where models may come from, and where what was fetched lies; raise ConfigError."""
+        return places_of(
+            self.sources, os.environ, cache=self.cache_directory, is_loopback=self.is_loopback
+        )
 
     def tap_directory(self, port: int) -> Path:
         """Return where the processes of the neuron that listens on *port* bind their taps."""
@@ -131,11 +184,20 @@ def parse_models(ids: str) -> list[dict[str, str]]:
     return [{"model_id": model_id.strip()} for model_id in ids.split(",") if model_id.strip()]
 
 
+def parse_roots(paths: str) -> list[str]:
+    """Return what ``roots`` takes for ``/a,/b``."""
+    return [path.strip() for path in paths.split(",") if path.strip()]
+
+
 SETTINGS = Settings(
     NeuronConfig,
     PREFIX,
-    not_options=VALIDATION_SCRIPT,
-    spellings={"devices": parse_devices, "models": parse_models},
+    not_options=VALIDATION_SCRIPT | {TEST_FAULTS},
+    spellings={
+        "devices": parse_devices,
+        "models": parse_models,
+        "sources.file.roots": parse_roots,
+    },
 )
 
 
@@ -150,6 +212,16 @@ def load_config(
     config, origin = SETTINGS.read(path, DEFAULT_PATH, environment, given)
     _refuse_what_types_cannot(config, origin)
     return config
+
+
+def ordered_faults(environment: Mapping[str, str] = os.environ) -> str:
+    """Return the faults that a test ordered, normally none; raise ConfigError."""
+    text = environment.get(TEST_FAULTS, "")
+    try:
+        injection.parse(text)
+    except ValueError as exc:
+        raise ConfigError(f"{TEST_FAULTS}: {exc}") from exc
+    return text
 
 
 def cuda_visible_devices(environment: Mapping[str, str] = os.environ) -> str | None:
@@ -176,6 +248,13 @@ def _refuse_what_types_cannot(config: NeuronConfig, origin: Origin) -> None:
     for index, model in enumerate(config.models):
         if model.wait:
             raise origin.wrong(("models", index, "wait"), "it has no meaning here; leave it out")
+    if (config.tls.certificate_file is None) != (config.tls.key_file is None):
+        raise origin.wrong(("tls",), "it needs both certificate_file and key_file, or neither")
+    for table, directory in (("cache", config.cache.directory), ("taps", config.taps.directory)):
+        try:
+            Path(directory).expanduser()
+        except RuntimeError as exc:
+            raise origin.wrong((table, "directory"), "nobody here has that home") from exc
     if not config.cache.directory:
         _refuse_homeless()
 

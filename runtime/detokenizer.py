@@ -10,15 +10,24 @@ from __future__ import annotations
 import codecs
 from collections.abc import Iterable, Sequence
 
+from cortex.runtime.held_text import could_begin
 from cortex.runtime.tokenizer import Tokenizer
 
 
 class Detokenizer:
-    """Turns the tokens of one answer into text; *hidden_ids* and control tokens are not shown."""
+    """Turns the tokens of one answer into text.
 
-    def __init__(self, tokenizer: Tokenizer, hidden_ids: Iterable[int] = ()) -> None:
+    *hidden_ids* are not shown, and of control tokens only *shown_ids*.
+    """
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        hidden_ids: Iterable[int] = (),
+        shown_ids: Iterable[int] = (),
+    ) -> None:
         self._tokenizer = tokenizer
-        self._hidden_ids = tokenizer.control_ids.union(hidden_ids)
+        self._hidden_ids = tokenizer.control_ids.difference(shown_ids).union(hidden_ids)
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
 
     def add(self, token_ids: Sequence[int]) -> str:
@@ -56,7 +65,7 @@ class StopStrings:
             _, start, self.hit = min(hits)
             sent, self._held = self._held[:start], ""
             return sent, True
-        safe = len(self._held) - self._could_begin()
+        safe = len(self._held) - could_begin(self._held, self._stops)
         sent, self._held = self._held[:safe], self._held[safe:]
         return sent, False
 
@@ -64,11 +73,3 @@ class StopStrings:
         """Return what was held back; nothing more will come."""
         sent, self._held = self._held, ""
         return sent
-
-    def _could_begin(self) -> int:
-        """Length of the longest end of the held text that is the start of a stop string."""
-        longest = max((len(stop) for stop in self._stops), default=1) - 1
-        for length in range(min(longest, len(self._held)), 0, -1):
-            if any(stop.startswith(self._held[-length:]) for stop in self._stops):
-                return length
-        return 0

@@ -1,8 +1,8 @@
 """What a supervisor and one life of a device process still owe each other.
 
-Every question is answered or ends with PeerGone, every generation ends once (``generation.py``),
-whatever the device does. No I/O: commands go out through ``send``, and whoever reads the channel
-and the ring calls ``hear`` and ``receive``.
+Every question is answered or ends with PeerGone, every generation and every embedding ends once
+(``generation.py``, ``pending_vector.py``), whatever the device does. No I/O: commands go out
+through ``send``, and whoever reads the channel and the ring calls ``hear`` and ``receive``.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Callable
+from typing import Literal
 
 from cortex.ipc.errors import (
     ApiError,
@@ -24,6 +25,8 @@ from cortex.ipc.messages import (
     Bye,
     Cancel,
     Command,
+    Embed,
+    Embedded,
     Event,
     Failed,
     Generate,
@@ -37,8 +40,10 @@ from cortex.ipc.messages import (
 )
 from cortex.ipc.ring import Flag, TokenRecord
 from cortex.runtime.generation import Generation
+from cortex.runtime.pending_vector import PendingVector
 
 Progress = Callable[[int, int], None]
+Running = Generation | PendingVector
 
 
 class Refused(Exception):
@@ -50,19 +55,25 @@ class Refused(Exception):
 
 
 class Conversation:
-    """Open questions by command id, open generations by sequence id.
+    """Open questions by command id, open generations and embeddings by sequence id.
 
     A Generate has the sequence's id as its command id too, so that a refusal that names either of
-    them ends the generation.
+    them ends the generation; of an Embed both are one.
     """
 
     def __init__(self, send: Callable[[Command], None], ids: itertools.count[int]) -> None:
         self.generations: dict[int, Generation] = {}
+        self.vectors: dict[int, PendingVector] = {}
         self._send = send
         self._ids = ids
         self._questions: dict[int, asyncio.Future[Event]] = {}
         self._progress: dict[int, Progress] = {}
         self._ended: str | None = None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the device owes us anything."""
+        return bool(self.generations or self.vectors or self._questions)
 
     def tell(self, command: Callable[[int], Command]) -> None:
         """Send ``command(id)``; its answer, if any, is not waited for."""
@@ -102,14 +113,32 @@ class Conversation:
         self._send(Generate(sequence_id, sequence_id, model_id, prompt_token_ids, sampling))
         return generation
 
-    def of_model(self, model_id: str) -> list[Generation]:
-        """Return the generations of *model_id* that the device still works on."""
-        return [g for g in self.generations.values() if g.model_id == model_id]
+    def embed(
+        self, model_id: str, prompt_token_ids: list[int], pooling: Literal["last", "mean"]
+    ) -> PendingVector:
+        """Start an embedding."""
+        command_id = next(self._ids)
+        vector = PendingVector(command_id, model_id, self._cancel)
+        if self._ended is not None:
+            vector.fail(NodeFailed(self._ended))
+            return vector
+        self.vectors[command_id] = vector
+        self._send(Embed(command_id, model_id, prompt_token_ids, pooling))
+        return vector
+
+    @property
+    def running(self) -> list[Running]:
+        """The generations and embeddings that the device still works on."""
+        return [*self.generations.values(), *self.vectors.values()]
+
+    def of_model(self, model_id: str) -> list[Running]:
+        """Return those of *model_id*."""
+        return [running for running in self.running if running.model_id == model_id]
 
     def fail_model(self, model_id: str, error: ApiError) -> None:
-        """End every generation of *model_id* with *error*."""
-        for generation in self.of_model(model_id):
-            self._fail(generation.sequence_id, error)
+        """End every generation and embedding of *model_id* with *error*."""
+        for running in self.of_model(model_id):
+            self._fail(running.sequence_id, error)
 
     def receive(self, records: list[TokenRecord]) -> None:
         """Give the ring's *records* to their generations; those of an ended one are dropped."""
@@ -128,6 +157,8 @@ class Conversation:
         match event:
             case LoadProgress():
                 self._report(event)
+            case Embedded():
+                self._give(event)
             case Failed(sequence_id=int(sequence_id)):
                 self._fail(sequence_id, api_error(event))
             case Failed(command_id=int(command_id)):
@@ -140,8 +171,8 @@ class Conversation:
     def end(self, error: ApiError) -> None:
         """Nothing will come any more: fail whatever is open. Empty the ring before."""
         self._ended = str(error)
-        for sequence_id in list(self.generations):
-            self._fail(sequence_id, error)
+        for running in self.running:
+            self._fail(running.sequence_id, error)
         for question in self._questions.values():
             if not question.done():
                 question.set_exception(PeerGone(str(error)))
@@ -152,8 +183,14 @@ class Conversation:
 
     def _fail(self, sequence_id: int, error: ApiError) -> None:
         generation = self.generations.pop(sequence_id, None)
-        if generation is not None:
-            generation.fail(error)
+        running = generation or self.vectors.pop(sequence_id, None)
+        if running is not None:
+            running.fail(error)
+
+    def _give(self, embedded: Embedded) -> None:
+        vector = self.vectors.pop(embedded.command_id, None)
+        if vector is not None:
+            vector.give(embedded.vector)
 
     def _answer(self, command_id: int, event: Event) -> None:
         question = self._questions.get(command_id)

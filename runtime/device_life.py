@@ -7,6 +7,8 @@ A restart makes a new one, so nothing of an earlier life can reach a later one. 
    single-threaded fork server; anything else is killed;
 3. commands go out in order, events and token records come in, until the pidfd says it is gone;
 4. what it said last is heard, the ring is emptied, and then whatever is open fails.
+
+Twice a second its heartbeat is looked at (``hang_watch.py``): a process that hangs is killed.
 """
 
 from __future__ import annotations
@@ -15,20 +17,25 @@ import asyncio
 import contextlib
 import itertools
 import signal
+import time
 from collections.abc import Awaitable, Callable
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import zmq.asyncio
 
 from cortex.ipc import messages
 from cortex.ipc.channel import SupervisorEnd
 from cortex.ipc.errors import NodeFailed, ProtocolError
+from cortex.ipc.heartbeat import HeartbeatPage, HeartbeatReader
 from cortex.ipc.messages import Command, Event, Failed, Hello
 from cortex.ipc.ring import TokenConsumer, TokenRing
 from cortex.ipc.taps import Tap
 from cortex.runtime.config import DeviceSpec
 from cortex.runtime.device_conversation import Conversation
+from cortex.runtime.device_state import Cause
 from cortex.runtime.fork_server import Child
+from cortex.runtime.hang_watch import LOOK_SECONDS, Deadlines, HangWatch
+from cortex.runtime.life_faults import SMALL_RING_RECORDS, LifeFaults
 
 RING_RECORDS = 8192
 HELLO_TIMEOUT_SECONDS = 60.0
@@ -45,6 +52,14 @@ class Fork(Protocol):
         """Start it with the arguments of its main function; raise OSError where that fails."""
 
 
+class End(NamedTuple):
+    """Why a life is over."""
+
+    cause: Cause
+    reason: str
+    """In words."""
+
+
 class Life(Protocol):
     """What ``DeviceProcess`` needs of one life."""
 
@@ -54,11 +69,11 @@ class Life(Protocol):
     def pid(self) -> int | None:
         """The child's process number, once it is forked."""
 
-    async def run(self, on_hello: OnHello, on_gone: OnGone) -> str:
-        """Live; return, in words, why it ended. *on_gone* comes first, then open ends fail."""
+    async def run(self, on_hello: OnHello, on_gone: OnGone) -> End:
+        """Live; return why it ended. *on_gone* comes first, then open ends fail."""
 
-    def kill(self, reason: str) -> None:
-        """End it at once; *reason* becomes the reason of its end."""
+    def kill(self, cause: Cause, reason: str) -> None:
+        """End it at once; the first cause and reason are those of its end."""
 
 
 class DeviceLife:
@@ -73,58 +88,73 @@ class DeviceLife:
         context: zmq.asyncio.Context,
         tap: Tap,
         log_level: str = "info",
+        deadlines: Deadlines = Deadlines(),  # noqa: B008 - frozen
         hello_timeout_seconds: float = HELLO_TIMEOUT_SECONDS,
+        faults: LifeFaults | None = None,
     ) -> None:
         self.conversation = Conversation(self._queue, ids)
         self._spec = spec
         self._fork = fork
         self._tap = tap
         self._log_level = log_level
+        self._deadlines = deadlines
         self._hello_timeout_seconds = hello_timeout_seconds
+        self._faults = faults
         self._commands: asyncio.Queue[Command] = asyncio.Queue()
-        self._ring = TokenRing(RING_RECORDS)
+        has_small_ring = faults is not None and faults.has_small_ring
+        self._ring = TokenRing(SMALL_RING_RECORDS if has_small_ring else RING_RECORDS)
         self._consumer = TokenConsumer(self._ring)
+        self._heartbeat = HeartbeatPage()
+        self._beats = HeartbeatReader(self._heartbeat)
         self._channel = SupervisorEnd(context)
         self._child: Child | None = None
-        self._reason: str | None = None
+        self._end: End | None = None
 
     @property
     def pid(self) -> int | None:
         """The child's process number, once it is forked."""
         return None if self._child is None else self._child.pid
 
-    async def run(self, on_hello: OnHello, on_gone: OnGone) -> str:
-        """Live; return, in words, why it ended. *on_gone* comes first, then open ends fail."""
-        loop = asyncio.get_running_loop()
-        loop.add_reader(self._consumer.fileno(), self._empty_ring)
+    async def run(self, on_hello: OnHello, on_gone: OnGone) -> End:
+        """Live; return why it ended. *on_gone* comes first, then open ends fail."""
+        loop, ring = asyncio.get_running_loop(), self._consumer.fileno()
+        look = self._faults.looking(ring, self._empty_ring) if self._faults else self._empty_ring
+        loop.add_reader(ring, look)
         try:
             if await self._be_forked():
                 await self._talk_until_gone(on_hello, on_gone)
             else:
                 on_gone()
         finally:
-            self.kill("the supervisor stopped")
+            end = self._ends(Cause.ASKED, "the supervisor stopped")
             self._empty_ring()
-            loop.remove_reader(self._consumer.fileno())
-            self.conversation.end(NodeFailed(self._reason or "the device process is gone"))
+            loop.remove_reader(ring)
+            self.conversation.end(NodeFailed(end.reason))
             self._close()
-        assert self._reason is not None, "every end has a reason"
-        return self._reason
+        return end
 
-    def kill(self, reason: str) -> None:
-        """End it at once; *reason* becomes the reason of its end."""
-        self._reason = self._reason or reason
+    def kill(self, cause: Cause, reason: str) -> None:
+        """End it at once; the first cause and reason are those of its end."""
+        self._ends(cause, reason)
+
+    def _ends(self, cause: Cause, reason: str) -> End:
+        self._end = self._end or End(cause, reason)
         if self._child is not None:
             self._child.kill()
+        return self._end
 
     @property
     def _is_over(self) -> bool:
-        return self._reason is not None or self._child is None or self._child.gone.done()
+        return self._end is not None or self._child is None or self._child.gone.done()
 
     def _close(self) -> None:
         self._consumer.close()
         self._ring.close()
+        self._beats.close()
+        self._heartbeat.close()
         self._channel.close()
+        if self._faults:
+            self._faults.end()
 
     async def _be_forked(self) -> bool:
         """Return whether there is a child now."""
@@ -137,13 +167,16 @@ class DeviceLife:
                 threads=spec.threads,
                 address=self._channel.address,
                 ring=self._ring,
+                heartbeat=self._heartbeat,
                 tap_directory=self._tap.directory,
                 log_level=self._log_level,
+                test_faults=self._faults.spelled if self._faults else "",
             )
         except OSError as exc:
-            self.kill(f"the device process of {spec.name} cannot be started: {exc}")
+            words = f"the device process of {spec.name} cannot be started: {exc}"
+            self.kill(Cause.NOT_STARTED, words)
             return False
-        if self._reason is not None:  # somebody ended this life while it began
+        if self._end is not None:  # somebody ended this life while it began
             self._child.kill()
         return True
 
@@ -152,13 +185,23 @@ class DeviceLife:
         async with asyncio.TaskGroup() as tasks:
             listening = tasks.create_task(self._listen(on_hello))
             sending = tasks.create_task(self._send_queued())
+            watching = tasks.create_task(self._watch())
             await self._child.gone
+            watching.cancel()
             on_gone()
             await asyncio.wait([listening], timeout=LAST_WORDS_SECONDS)
             listening.cancel()
             sending.cancel()
             code = await self._child.exit_code()
-            self._reason = self._reason or f"the device process of {self._spec.name} {_ended(code)}"
+            self._ends(Cause.DIED, f"the device process of {self._spec.name} {_ended(code)}")
+
+    async def _watch(self) -> None:
+        watch = HangWatch(self._beats.last, self._deadlines, time.monotonic())
+        while True:
+            await asyncio.sleep(LOOK_SECONDS)
+            hang = watch.look(time.monotonic(), is_owed=self.conversation.is_open)
+            if hang is not None:
+                self.kill(Cause.HUNG, f"the device process of {self._spec.name} was killed: {hang}")
 
     async def _listen(self, on_hello: OnHello) -> None:
         try:
@@ -168,7 +211,7 @@ class DeviceLife:
             while True:
                 self._hear(await self._channel.receive())
         except ProtocolError as exc:
-            self.kill(str(exc))
+            self.kill(Cause.PROTOCOL, str(exc))
 
     async def _hello(self) -> Hello:
         """Return the child's Hello; raise ProtocolError for none, or one that will not do."""
@@ -193,7 +236,8 @@ class DeviceLife:
         self._empty_ring()  # what the ring still holds came before
         self.conversation.hear(event)
         if isinstance(event, Failed) and is_of_process(event):
-            self.kill(f"the device process of {self._spec.name} failed: {event.detail}")
+            words = f"the device process of {self._spec.name} failed: {event.detail}"
+            self.kill(Cause.FAILED, words)
 
     def _empty_ring(self) -> None:
         self.conversation.receive(self._consumer.take())
@@ -202,10 +246,11 @@ class DeviceLife:
         self._commands.put_nowait(command)
 
     async def _send_queued(self) -> None:
+        send = self._faults.sending(self._channel) if self._faults else self._channel.send
         while True:
             command = await self._commands.get()
             self._publish("command", command)
-            await self._channel.send(command)
+            await send(command)
 
     def _publish(self, direction: str, message: Command | Event) -> None:
         self._tap.publish(

@@ -11,7 +11,9 @@ import asyncio
 import contextlib
 import itertools
 import time
+from collections import Counter
 from collections.abc import Callable
+from typing import Literal
 
 import structlog
 
@@ -19,10 +21,20 @@ from cortex.ipc import node_api
 from cortex.ipc.errors import ApiError, NodeFailed, Recovering, ShuttingDown
 from cortex.ipc.messages import Command, Event, Hello, SamplingParams, Shutdown
 from cortex.runtime.config import DeviceSpec
-from cortex.runtime.device_conversation import Progress
+from cortex.runtime.device_conversation import Progress, Running
 from cortex.runtime.device_life import Life
-from cortex.runtime.device_state import On, State, after, backoff_seconds, loss, public, recent
+from cortex.runtime.device_state import (
+    Cause,
+    On,
+    State,
+    after,
+    backoff_seconds,
+    loss,
+    public,
+    recent,
+)
 from cortex.runtime.generation import Generation
+from cortex.runtime.pending_vector import PendingVector
 from cortex.runtime.pulse import Pulse
 
 Clock = Callable[[], float]
@@ -43,7 +55,8 @@ class DeviceProcess:
         self.spec = spec
         self.cycles = 0
         """Loads and unloads that this life has gone through; the supervisor counts them."""
-        self.restarts = 0
+        self.losses: Counter[str] = Counter()
+        """How often a life has ended before the stop, by ``Cause``."""
         self.failure: str | None = None
         """Why the last life ended, if it should not have."""
         self.hello: Hello | None = None
@@ -81,9 +94,14 @@ class DeviceProcess:
         return None if self._life is None else self._life.pid
 
     @property
-    def generations(self) -> list[Generation]:
-        """What the device works on."""
-        return list(self._life.conversation.generations.values()) if self._life else []
+    def restarts(self) -> int:
+        """How often a life has ended before the stop."""
+        return self.losses.total()
+
+    @property
+    def running(self) -> list[Running]:
+        """The generations and embeddings that the device works on."""
+        return self._life.conversation.running if self._life else []
 
     async def run(self) -> None:
         """Live until stopped; the supervisor runs this as a task for as long as it lives itself."""
@@ -135,6 +153,7 @@ class DeviceProcess:
         late = asyncio.get_running_loop().call_later(
             timeout_seconds,
             life.kill,
+            Cause.HUNG,
             f"the device process of {self.spec.name} gave no answer in {timeout_seconds:g} s",
         )
         try:
@@ -150,12 +169,20 @@ class DeviceProcess:
         assert self._life is not None, "a ready device has a life"
         return self._life.conversation.generate(model_id, prompt_token_ids, sampling)
 
-    def of_model(self, model_id: str) -> list[Generation]:
-        """Return the generations of *model_id* that the device works on."""
+    def embed(
+        self, model_id: str, prompt_token_ids: list[int], pooling: Literal["last", "mean"]
+    ) -> PendingVector:
+        """Start an embedding; raise what ``generate`` does."""
+        self._refuse_unless_ready()
+        assert self._life is not None, "a ready device has a life"
+        return self._life.conversation.embed(model_id, prompt_token_ids, pooling)
+
+    def of_model(self, model_id: str) -> list[Running]:
+        """Return the generations and embeddings of *model_id* that the device works on."""
         return self._life.conversation.of_model(model_id) if self._life else []
 
     def fail_model(self, model_id: str, error: ApiError) -> None:
-        """End every generation of *model_id* with *error*."""
+        """End every generation and embedding of *model_id* with *error*."""
         if self._life is not None:
             self._life.conversation.fail_model(model_id, error)
 
@@ -169,9 +196,9 @@ class DeviceProcess:
         self.end_life(f"device {self.spec.name} was restarted by an operator")
 
     def end_life(self, reason: str) -> None:
-        """Kill the process, if there is one; a failure, unless a restart or the stop is asked."""
+        """Kill the process, if there is one; somebody asked for it."""
         if self._life is not None:
-            self._life.kill(reason)
+            self._life.kill(Cause.ASKED, reason)
 
     async def stop(self, grace_seconds: float) -> None:
         """End it in order: Shutdown, SIGKILL after *grace_seconds*. Returns when it is stopped."""
@@ -195,14 +222,18 @@ class DeviceProcess:
         life = self._life = self._begin_life(self.spec, self._ids)
         self.cycles = 0
         try:
-            reason = await life.run(self._greeted, self._lost)
+            end = await life.run(self._greeted, self._lost)
         finally:
             self._life = None
         if self._state is not State.STOPPED:
-            self.failure = reason
-            self.restarts += 1
+            self.failure = end.reason
+            self.losses[end.cause] += 1
             _log.warning(
-                "device process lost", device=self.spec.name, reason=reason, state=self._state
+                "device process lost",
+                device=self.spec.name,
+                cause=end.cause,
+                reason=end.reason,
+                state=self._state,
             )
 
     async def _pause(self) -> None:

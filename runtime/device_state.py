@@ -50,6 +50,23 @@ class On(StrEnum):
     STOP = "stop"
 
 
+class Cause(StrEnum):
+    """Why a life ended, as ``/health`` and the metrics count it."""
+
+    DIED = "died"
+    """The process ended by itself: a signal, an exit."""
+    FAILED = "failed"
+    """It said that it cannot go on."""
+    HUNG = "hung"
+    """It was killed for doing nothing, or one thing, for too long."""
+    PROTOCOL = "protocol"
+    """It said something that cannot be."""
+    NOT_STARTED = "not_started"
+    """There never was a process."""
+    ASKED = "asked"
+    """An operator wanted a restart, or the neuron stops."""
+
+
 _RUNS = (State.STARTING, State.READY, State.RESTARTING)
 
 TRANSITIONS: dict[tuple[State, On], State] = {

@@ -38,6 +38,14 @@ class Gpu:
 
 
 @dataclass(frozen=True, slots=True)
+class Holder:
+    """A process that holds memory of a GPU; how much is 0 where the driver does not say."""
+
+    pid: int
+    held_bytes: int
+
+
+@dataclass(frozen=True, slots=True)
 class Reading:
     """What changes on a device; None where nobody says."""
 
@@ -45,6 +53,8 @@ class Reading:
     free_bytes: int | None = None
     utilization_pct: int | None = None
     temp_c: int | None = None
+    holders: tuple[Holder, ...] = ()
+    """Of a GPU's memory, ours among them; pids as the first PID namespace counts."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -133,6 +143,13 @@ class NvmlProbe:
             utilization_pct=_or_none(lambda: int(pynvml.nvmlDeviceGetUtilizationRates(handle).gpu)),
             temp_c=_or_none(
                 lambda: int(pynvml.nvmlDeviceGetTemperature(handle, pynvml.NVML_TEMPERATURE_GPU))
+            ),
+            holders=tuple(
+                Holder(int(process.pid), int(process.usedGpuMemory or 0))
+                for process in _or_none(
+                    lambda: pynvml.nvmlDeviceGetComputeRunningProcesses_v3(handle)
+                )
+                or ()
             ),
         )
 

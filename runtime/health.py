@@ -10,6 +10,8 @@ import platform
 import time
 from collections.abc import Callable
 
+import msgspec
+
 from cortex.ipc.messages import Footprint
 from cortex.ipc.node_api import (
     Capabilities,
@@ -20,6 +22,7 @@ from cortex.ipc.node_api import (
     Limit,
     ModelDevice,
     ModelInfo,
+    Servable,
 )
 from cortex.runtime.activation import Activation
 from cortex.runtime.discovery import Inventory
@@ -29,6 +32,7 @@ from cortex.runtime.traffic import Traffics
 
 MIB = 2**20
 HARNESSES = ["torch"]
+DRAINING = Servable(ok=False, reason="draining", detail="the neuron is shutting down")
 
 
 class Report:
@@ -84,10 +88,13 @@ class Report:
 
     def models(self) -> list[ModelInfo]:
         """Return ``GET /models``."""
-        return [model_info(model) for model in self._node.models.values()]
+        infos = [model_info(model) for model in self._node.models.values()]
+        if self.is_draining:
+            return [msgspec.structs.replace(info, servable=DRAINING) for info in infos]
+        return infos
 
     def _device(self, device: DeviceView) -> DeviceHealth:
-        reading = self._readings.of(device)
+        reading, foreign = self._readings.of(device), self._readings.foreign_use_of(device)
         return DeviceHealth(
             index=device.spec.index,
             name=device.spec.name,
@@ -97,6 +104,10 @@ class Report:
             utilization_pct=reading.utilization_pct,
             temp_c=reading.temp_c,
             lifecycle_cycles=device.cycles,
+            restarts=sum(device.losses.values()),
+            restarts_by_cause=dict(device.losses),
+            last_failure=device.failure,
+            foreign_mb=None if foreign is None else foreign.held_mb,
         )
 
     def _info(self, device: DeviceView) -> DeviceInfo:
@@ -111,7 +122,7 @@ class Report:
 
 def model_info(model: ModelView) -> ModelInfo:
     """Return how ``GET /models`` shows *model*."""
-    held = model.footprint or Footprint(0, 0, 0)
+    held, text = model.footprint or Footprint(0, 0, 0), model.text
     return ModelInfo(
         id=model.id,
         harness="torch",
@@ -125,7 +136,10 @@ def model_info(model: ModelView) -> ModelInfo:
             )
         ],
         servable=model.servable,
+        capabilities=text.abilities if text else [],
         limit=Limit(context=model.limits.max_context_tokens) if model.limits else None,
+        tool_call=text is not None and text.takes_tools,
+        reasoning=text is not None and text.reasons,
         progress=model.progress,
         failure=model.failure,
     )

@@ -13,6 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 PROC = Path("/proc")
+FIRST_PID_NAMESPACE = "pid:[4026531836]"
+"""Its number is fixed in the kernel (PROC_PID_INIT_INO)."""
 CONTROL_GROUPS = Path("/sys/fs/cgroup")
 
 
@@ -41,6 +43,14 @@ def resident_bytes(pid: int, proc: Path = PROC) -> int | None:
     except (OSError, IndexError):
         return None
     return pages * os.sysconf("SC_PAGE_SIZE")
+
+
+def counts_all_processes(proc: Path = PROC) -> bool:
+    """Whether our process numbers are those that a driver names, as in no container."""
+    try:
+        return str((proc / "self" / "ns" / "pid").readlink()) == FIRST_PID_NAMESPACE
+    except OSError:
+        return False
 
 
 def _memory_bounds(proc: Path, control_groups: Path) -> Iterator[int]:

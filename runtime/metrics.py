@@ -8,9 +8,10 @@ running, devices) is read when Prometheus asks, so nothing of a model that is go
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from http import HTTPStatus
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily, Metric
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from cortex.ipc.node_api import Health
 
@@ -109,9 +110,13 @@ class Metrics:
         duration_seconds: float,
         finish_reason: str | None,
     ) -> None:
-        """Count one request that has ended, of a model that is loaded."""
+        """Count one request that has ended, of a model that is loaded.
+
+        Embeddings have no first token, but their prompts were processed.
+        """
         self._requests.labels(model, str(status)).inc()
         if first_token_seconds is None:
+            self._prompt_tokens.labels(model).inc(prompt_tokens if status == HTTPStatus.OK else 0)
             return
         self._first_token_seconds.labels(model).observe(first_token_seconds)
         self._prompt_tokens.labels(model).inc(prompt_tokens)
@@ -174,13 +179,25 @@ def _devices(health: Health) -> Iterator[Metric]:
         "Models unloaded by its process so far.",
         labels=["device"],
     )
+    restarts = CounterMetricFamily(
+        "neuron:device_restarts",
+        "Lives of its process that have ended since the start, by cause.",
+        labels=["device", "cause"],
+    )
+    foreign = GaugeMetricFamily(
+        "neuron:device_memory_foreign_bytes", "Held by other processes.", labels=["device"]
+    )
     used = GaugeMetricFamily("neuron:device_memory_used_bytes", "In use.", labels=["device"])
     free = GaugeMetricFamily("neuron:device_memory_free_bytes", "Free.", labels=["device"])
     for device in health.devices:
         ready.add_metric([device.name], float(device.state == "ready"))
         cycles.add_metric([device.name], device.lifecycle_cycles)
+        for cause, number in device.restarts_by_cause.items():
+            restarts.add_metric([device.name, cause], number)
+        if device.foreign_mb is not None:
+            foreign.add_metric([device.name], device.foreign_mb * MIB)
         if device.vram_used_mb is not None:
             used.add_metric([device.name], device.vram_used_mb * MIB)
         if device.vram_free_mb is not None:
             free.add_metric([device.name], device.vram_free_mb * MIB)
-    yield from (ready, cycles, used, free)
+    yield from (ready, cycles, restarts, foreign, used, free)

@@ -16,13 +16,12 @@ from aiohttp.typedefs import Handler
 
 from cortex.ipc.errors import (
     ApiError,
-    BodyTooLarge,
     InternalError,
     InvalidRequest,
     MethodNotAllowed,
     RouteNotFound,
 )
-from cortex.ipc.node_api import HEADER_REQUEST_ID, MAX_BODY_BYTES
+from cortex.ipc.node_api import HEADER_REQUEST_ID
 
 log = structlog.get_logger()
 
@@ -31,22 +30,20 @@ FIT = re.compile(r"[\x21-\x7e]{1,128}")
 RAISED_BY_AIOHTTP: dict[int, tuple[type[ApiError], str]] = {
     404: (RouteNotFound, "there is no such path"),
     405: (MethodNotAllowed, "the path exists, but not with this method"),
-    413: (BodyTooLarge, f"the body is larger than {MAX_BODY_BYTES // 2**20} MiB"),
 }
 
 
 @web.middleware
 async def with_request_id(request: web.Request, handler: Handler) -> web.StreamResponse:
     """Take the caller's ``x-request-id`` where it is fit, else make one; every line has it."""
-    given = request.headers.get(HEADER_REQUEST_ID, "")
-    request[REQUEST_ID] = given if FIT.fullmatch(given) else uuid.uuid4().hex
+    _identify(request)
     with structlog.contextvars.bound_contextvars(request_id=request[REQUEST_ID]):
         return await handler(request)
 
 
 async def echo_request_id(request: web.BaseRequest, response: web.StreamResponse) -> None:
     """Put the request's id in the answer, just before its headers go out."""
-    response.headers[HEADER_REQUEST_ID] = request.get(REQUEST_ID, "")
+    _sign(request, response)
 
 
 @web.middleware
@@ -54,8 +51,11 @@ async def errors_as_json(request: web.Request, handler: Handler) -> web.StreamRe
     """Answer every exception with the envelope; log those that are bugs."""
     try:
         return await handler(request)
-    except (ApiError, web.RequestPayloadError) as exc:
-        return error_response(as_api_error(exc))
+    except ApiError as exc:
+        response = error_response(exc)
+        if request.content.exception():  # where the next request begins cannot be told
+            response.force_close()
+        return response
     except web.HTTPException as exc:
         response = error_response(as_api_error(exc))
         if "Allow" in exc.headers:
@@ -75,9 +75,15 @@ def as_api_error(exc: BaseException) -> ApiError:
     if isinstance(exc, web.HTTPException):
         kind, text = RAISED_BY_AIOHTTP.get(exc.status, (InvalidRequest, exc.reason))
         return kind(text)
-    if isinstance(exc, web.RequestPayloadError):  # a compression, or chunks, that make no sense
-        return InvalidRequest(f"the body cannot be read: {exc}")
     return InternalError("internal error")
+
+
+def refuse(request: web.BaseRequest, error: ApiError) -> web.Response:
+    """Answer what never reached the middlewares, as they do."""
+    _identify(request)
+    response = error_response(error)
+    _sign(request, response)
+    return response
 
 
 def error_response(error: ApiError) -> web.Response:
@@ -85,9 +91,21 @@ def error_response(error: ApiError) -> web.Response:
     headers = {}
     if error.retry_after_seconds is not None:
         headers["Retry-After"] = str(error.retry_after_seconds)
+    if error.status == 401:
+        headers["WWW-Authenticate"] = "Bearer"
     return web.Response(
         status=error.status,
         body=msgspec.json.encode(error.body()),
         content_type="application/json",
         headers=headers,
     )
+
+
+def _identify(request: web.BaseRequest) -> None:
+    given = request.headers.get(HEADER_REQUEST_ID, "")
+    request[REQUEST_ID] = given if FIT.fullmatch(given) else uuid.uuid4().hex
+
+
+def _sign(request: web.BaseRequest, response: web.StreamResponse) -> None:
+    response.headers[HEADER_REQUEST_ID] = request.get(REQUEST_ID, "")
+    response.headers["Server"] = "neuron"

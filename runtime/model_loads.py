@@ -10,22 +10,28 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 import structlog
 
 from cortex.ipc.errors import ApiError, InternalError, NodeFailed, PeerGone, Unloadable
-from cortex.ipc.messages import LoadModel, ModelLoaded, UnloadModel
+from cortex.ipc.messages import Footprint, LoadModel, ModelLoaded, UnloadModel
 from cortex.ipc.node_api import LoadRequest
 from cortex.runtime.device_conversation import Progress, Refused
 from cortex.runtime.device_process import Clock, DeviceProcess
+from cortex.runtime.footprints import Footprints
+from cortex.runtime.memory_books import MemoryBooks
 from cortex.runtime.model_state import On, State
+from cortex.runtime.progress import DownloadLog
 from cortex.runtime.served_model import ServedModel
 from cortex.runtime.text import TextSide
 
 LOAD_TIMEOUT_SECONDS = 1800.0
+EXAMINE_SECONDS = 3.0
+"""How long a caller waits for a verdict; after that the load is queued, and judged in its turn."""
 UNLOAD_TIMEOUT_SECONDS = 60.0
 MIB = 2**20
 
@@ -38,27 +44,69 @@ class Files(Protocol):
     def refuse(self, request: LoadRequest) -> None:
         """Raise Unloadable for what is known to be impossible without looking at any file."""
 
+    async def examine(
+        self, request: LoadRequest, free_bytes: int, measured: Footprint | None = None
+    ) -> int | None:
+        """Raise Unloadable where headers say that it cannot work; downloads no weights.
+
+        Return the bytes that it would like to hold, None where nobody knows yet. *measured* is what
+        an earlier load of the same held.
+        """
+
     async def fetch(self, request: LoadRequest, progress: Progress) -> Path:
         """Return where the files lie, downloaded first if need be; cancelling stops that."""
 
-    async def read(self, path: Path, request: LoadRequest, free_bytes: int) -> TextSide:
+    async def read(
+        self,
+        path: Path,
+        request: LoadRequest,
+        free_bytes: int,
+        measured: Footprint | None = None,
+    ) -> TextSide:
         """Return the text side; raise Unloadable where the model cannot work."""
 
     def close(self) -> None:
         """Take no more work."""
 
 
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """What was found out about a load before it was accepted."""
+
+    is_final: bool
+    """Whether its headers were judged; else they are in its turn."""
+    estimate_bytes: int | None
+    """What it would like to hold; None where nobody knows yet."""
+
+
 class ModelLoads:
     """The loads and unloads of all devices."""
 
     def __init__(
-        self, files: Files, free_bytes: Callable[[DeviceProcess], int], clock: Clock
+        self, files: Files, memory: MemoryBooks, footprints: Footprints, clock: Clock
     ) -> None:
         self._files = files
-        self._free_bytes = free_bytes
+        self._memory = memory
+        self._footprints = footprints
         self._clock = clock
+        self._saving = asyncio.Lock()
         self._downloads: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
         self._turns: defaultdict[int, asyncio.Lock] = defaultdict(asyncio.Lock)
+
+    async def examine_soon(self, request: LoadRequest, device: DeviceProcess) -> Verdict:
+        """Return what is known of a load within seconds; raise Unloadable for what cannot work."""
+        measured = self._footprints.of(request, device.spec.name)
+        known = None if measured is None else measured.total_bytes
+        try:
+            async with asyncio.timeout(EXAMINE_SECONDS):
+                estimate = await self._files.examine(
+                    request, self._memory.room_bytes(device), measured
+                )
+        except TimeoutError:
+            return Verdict(is_final=False, estimate_bytes=known)
+        except Unloadable as exc:
+            raise self._named(exc, device) from exc
+        return Verdict(is_final=True, estimate_bytes=known or estimate)
 
     async def bring_up(self, model: ServedModel) -> None:
         """Take a model from QUEUED to LOADED or FAILED."""
@@ -66,10 +114,13 @@ class ModelLoads:
         with self._recording_failure(model):
             async with self._downloads[index]:
                 model.advance(On.TURN)
-                model.path = await self._files.fetch(model.request, model.report)
+                if not model.is_examined:
+                    model.estimate_bytes = await self._files.examine(*self._judged_by(model))
+                download = DownloadLog(model.id, model.report, self._clock)
+                model.path = await self._files.fetch(model.request, download)
+                download.end()
             async with self._turns[index]:
-                free_bytes = self._free_bytes(model.device)
-                model.text = await self._files.read(model.path, model.request, free_bytes)
+                model.text = await self._files.read(model.path, *self._judged_by(model))
                 await model.device.become_ready()
                 model.advance(On.FETCHED)
                 try:
@@ -111,6 +162,23 @@ class ModelLoads:
             model.settle(answer)
             seconds = round(self._clock() - started, 3)
             _log.info("model loaded", model=model.id, device=device.spec.name, seconds=seconds)
+        await self._keep(model, answer.footprint)
+
+    def _judged_by(self, model: ServedModel) -> tuple[LoadRequest, int, Footprint | None]:
+        device = model.device
+        measured = self._footprints.of(model.request, device.spec.name)
+        return model.request, self._memory.room_bytes(device), measured
+
+    async def _keep(self, model: ServedModel, footprint: Footprint) -> None:
+        if self._footprints.keep(model.request, model.device.spec.name, footprint):
+            async with self._saving:
+                await asyncio.to_thread(self._footprints.save)
+
+    def _named(self, error: Unloadable, device: DeviceProcess) -> Unloadable:
+        """Return *error*, saying who else has the memory that it misses."""
+        if error.kind != "insufficient_memory":
+            return error
+        return Unloadable(f"{error}{self._memory.foreign_words(device)}", **error.extras)
 
     async def _free(self, model: ServedModel) -> None:
         if model.is_on_device:
@@ -142,10 +210,13 @@ class ModelLoads:
         """Whatever goes wrong inside becomes the model's failure."""
         try:
             yield
+        except Unloadable as exc:
+            self._fail(model, self._named(exc, model.device))
         except ApiError as exc:
             self._fail(model, exc)
         except Refused as exc:
-            self._fail(model, Unloadable(exc.failed.detail, kind=exc.failed.code))
+            refusal = Unloadable(exc.failed.detail, kind=exc.failed.code)
+            self._fail(model, self._named(refusal, model.device))
         except PeerGone:
             raise
         except Exception:  # noqa: BLE001 - a bug: into the log with its traceback, and the daemon goes on

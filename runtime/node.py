@@ -6,16 +6,16 @@ protocols; ``supervisor.py`` and the fake node of the tests both keep them.
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
-from typing import Any, Protocol
+from typing import Literal, Protocol
 
 from cortex.ipc.messages import Footprint, Hello, SamplingParams
 from cortex.ipc.node_api import DeviceState, LoadRequest, ModelStatus, Progress, Servable
-from cortex.ipc.openai import ChatMessage
 from cortex.ipc.ring import TokenRecord
-from cortex.runtime.completions import TokensToText
+from cortex.runtime.answer import TokensToText
 from cortex.runtime.config import DeviceSpec
+from cortex.runtime.conversation import ChatPrompt, Conversation
 from cortex.runtime.sampling import ModelDefaults
 
 
@@ -34,16 +34,37 @@ class TextView(Protocol):
     def vocab_size(self) -> int:
         """Token ids are below it."""
 
-    def chat_prompt(
-        self, messages: list[ChatMessage], template_kwargs: dict[str, Any] | None
-    ) -> list[int]:
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes that one token stands for; does not block."""
+
+    @property
+    def abilities(self) -> list[str]:
+        """``completion``, and where it can ``chat``, ``tools``, ``embeddings``."""
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether a conversation may offer tools."""
+
+    @property
+    def reasons(self) -> bool:
+        """Whether the model may think before it answers."""
+
+    @property
+    def takes_effort(self) -> bool:
+        """Whether its template has a word for how much it should think."""
+
+    @property
+    def pooling(self) -> Literal["last", "mean"] | None:
+        """How the checkpoint makes one vector of a text; None where it does not."""
+
+    def chat_prompt(self, conversation: Conversation) -> ChatPrompt:
         """Render and tokenise; raise ApiError in words."""
 
     def text_prompt(self, prompt: str) -> list[int]:
         """Tokenise."""
 
-    def detokenizer(self) -> TokensToText:
-        """Return one for a new answer."""
+    def detokenizer(self, shown_ids: Collection[int] = ()) -> TokensToText:
+        """Return one for a new answer; *shown_ids* are control tokens that it shows."""
 
 
 class DeviceView(Protocol):
@@ -60,6 +81,14 @@ class DeviceView(Protocol):
     @property
     def cycles(self) -> int:
         """Loads and unloads that its process has gone through."""
+
+    @property
+    def losses(self) -> Mapping[str, int]:
+        """How often its process has ended since the start, by cause."""
+
+    @property
+    def failure(self) -> str | None:
+        """Why that happened the last time, in words."""
 
     @property
     def pid(self) -> int | None:
@@ -169,6 +198,11 @@ class Node(Protocol):
         self, model_id: str, prompt_token_ids: list[int], sampling: SamplingParams
     ) -> AbstractAsyncContextManager[TokenStream]:
         """Start a sequence; leaving its context cancels it."""
+
+    async def embed(
+        self, model_id: str, token_ids: list[int], pooling: Literal["last", "mean"]
+    ) -> bytes:
+        """Return one vector, float32 in the host's byte order, of length one; cancellable."""
 
     async def drain(self, timeout_seconds: float) -> None:
         """Let what runs finish, take nothing new; what still runs in the end fails."""

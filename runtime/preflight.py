@@ -11,34 +11,60 @@
     context_too_long                 more context was asked for than the model has
     insufficient_memory              weights and the smallest useful cache exceed the device
 
-Every one of them is an Unloadable: HTTP 422, with the numbers.
+Every one of them is an Unloadable: HTTP 422, with the numbers. ``hub_files.py`` and
+``hub_client.py`` list what else can be wrong with a model of a hub, ``sources.py`` the rest.
 """
 
 from __future__ import annotations
 
+import dataclasses
+from collections import Counter
 from collections.abc import Sequence
-from difflib import get_close_matches
+from dataclasses import dataclass
 from pathlib import Path
 
 from cortex.ipc.errors import Unloadable
+from cortex.ipc.messages import Footprint
 from cortex.ipc.node_api import LoadRequest
 from cortex.models.checkpoints.checkpoint import ARCHITECTURES, Checkpoint
 from cortex.models.checkpoints.errors import CheckpointError
 from cortex.models.checkpoints.sizes import kv_bytes_per_token
 from cortex.models.checkpoints.tensors import LOADABLE
 from cortex.runtime import sources
-from cortex.runtime.sources import FileSource, PypiSource, Source
+from cortex.runtime.hub_files import quant_not_found, quant_of
+from cortex.runtime.sources import AnySource, Source
 
 SMALLEST_CONTEXT_TOKENS = 512
 """A model that cannot hold this much is of no use, so it is not loaded."""
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
-"""``auto`` is priced at the smallest, so that nothing is refused that might fit."""
+SMALLEST_DTYPE_BYTES = 2
+"""What ``auto`` is priced at where the device is not known: nothing is refused that might fit."""
 
 
-def check_request(
-    request: LoadRequest, roots: Sequence[Path] | None = None
-) -> PypiSource | FileSource:
+@dataclass(frozen=True, slots=True)
+class Needs:
+    """What a load takes of a device: the arithmetic that it is judged by."""
+
+    weights_bytes: int
+    kv_bytes_per_token: int
+    context_tokens: int
+    """What was asked for, else the model's own."""
+    smallest_kv_bytes: int
+    """Of the smallest cache that does what was asked for."""
+
+    @property
+    def least_bytes(self) -> int:
+        """With less than this the load is refused."""
+        return self.weights_bytes + self.smallest_kv_bytes
+
+    @property
+    def context_kv_bytes(self) -> int:
+        """Of one full context."""
+        return self.context_tokens * self.kv_bytes_per_token
+
+
+def check_request(request: LoadRequest, roots: Sequence[Path] | None = None) -> AnySource:
     """Return the source of *request*; raise Unloadable for what no download could change."""
     if (request.tensor_parallel or 1) > 1 or len(request.devices or []) > 1:
         raise Unloadable(
@@ -50,22 +76,73 @@ def check_request(
     return source
 
 
-def check(path: Path, request: LoadRequest, memory_bytes: int) -> Checkpoint:
+def check(
+    path: Path, request: LoadRequest, memory_bytes: int, measured: Footprint | None = None
+) -> Checkpoint:
     """Return the opened checkpoint at *path*; raise Unloadable.
 
-    *memory_bytes* is what the device has for models in all.
+    *memory_bytes* is what the device has for models in all, *measured* what an earlier load held.
+    """
+    checkpoint = opened(path)
+    judge(checkpoint, request, memory_bytes, measured)
+    return checkpoint
+
+
+def opened(path: Path) -> Checkpoint:
+    """Return the checkpoint at *path*; raise Unloadable where its headers cannot be read."""
+    try:
+        return Checkpoint.open(path)
+    except CheckpointError as exc:
+        raise Unloadable(str(exc), kind="corrupt_checkpoint") from exc
+
+
+def judge(
+    checkpoint: Checkpoint,
+    request: LoadRequest,
+    memory_bytes: int,
+    measured: Footprint | None = None,
+) -> Needs:
+    """Return what the load takes; raise Unloadable where that is more than *memory_bytes*.
+
+    Weights that were *measured* at an earlier load count instead of arithmetic.
+    """
+    found = needs(checkpoint, request)
+    if measured is not None:
+        found = dataclasses.replace(found, weights_bytes=measured.weights_bytes)
+    _check_memory(found, memory_bytes)
+    return found
+
+
+def needs(
+    checkpoint: Checkpoint, request: LoadRequest, auto_bytes: int = SMALLEST_DTYPE_BYTES
+) -> Needs:
+    """Return what the load takes; raise Unloadable for what would work on no device at all.
+
+    *auto_bytes* is the width of the dtype ``auto``; see ``auto_dtype_bytes``.
     """
     try:
-        checkpoint = Checkpoint.open(path)
         _check_architecture(checkpoint)
         _check_tensor_types(checkpoint)
         checkpoint.check_supported()
         _check_quant(checkpoint, request.quant)
         _check_context(checkpoint, request)
-        _check_memory(checkpoint, request, memory_bytes)
+        return _needs(checkpoint, request, auto_bytes)
     except CheckpointError as exc:
         raise Unloadable(str(exc), kind="corrupt_checkpoint") from exc
-    return checkpoint
+
+
+def auto_dtype_bytes(checkpoint: Checkpoint, *, is_cpu: bool) -> int:
+    """Return the width of activations and cache that ``auto`` means on a device."""
+    totals = Counter[str]()
+    for tensor in checkpoint.tensors.values():
+        totals[tensor.type] += tensor.nbytes
+    is_wide = max(totals, key=totals.__getitem__, default=None) == "F32"
+    return 4 if is_cpu or is_wide else 2
+
+
+def judge_size(size_bytes: int, memory_bytes: int) -> None:
+    """Raise Unloadable where files that are not here yet are too large, by their size alone."""
+    _check_memory(Needs(size_bytes, 0, 0, 0), memory_bytes)
 
 
 def _check_architecture(checkpoint: Checkpoint) -> None:
@@ -100,16 +177,8 @@ def _check_quant(checkpoint: Checkpoint, quant: str | None) -> None:
             "version: leave quant out",
             kind="quant_unsupported",
         )
-    if quant.lower() != checkpoint.quant.lower():
-        available = [checkpoint.quant]
-        nearest = get_close_matches(quant.upper(), available, n=1, cutoff=0.0)
-        raise Unloadable(
-            f"{checkpoint.path.name} holds {checkpoint.quant}, not {quant}",
-            kind="quant_not_found",
-            requested=quant,
-            available=available,
-            nearest=nearest[0],
-        )
+    if quant.upper() not in {checkpoint.quant, quant_of(checkpoint.path.name)}:
+        raise quant_not_found(checkpoint.path.name, quant, [checkpoint.quant])
 
 
 def _check_context(checkpoint: Checkpoint, request: LoadRequest) -> None:
@@ -131,29 +200,32 @@ def _longest_context(checkpoint: Checkpoint) -> int:
     return tokens
 
 
-def _check_memory(checkpoint: Checkpoint, request: LoadRequest, memory_bytes: int) -> None:
-    weights_bytes = checkpoint.weights_bytes
-    kv_bytes = _smallest_kv_bytes(checkpoint, request)
-    if weights_bytes + kv_bytes > memory_bytes:
+def _needs(checkpoint: Checkpoint, request: LoadRequest, auto_bytes: int) -> Needs:
+    width_bytes = DTYPE_BYTES.get(request.dtype, auto_bytes)
+    per_token = kv_bytes_per_token(checkpoint.config, width_bytes)
+    longest = _longest_context(checkpoint)
+    smallest = request.max_context_tokens or min(longest, SMALLEST_CONTEXT_TOKENS)
+    return Needs(
+        weights_bytes=checkpoint.weights_bytes,
+        kv_bytes_per_token=per_token,
+        context_tokens=request.max_context_tokens or longest,
+        smallest_kv_bytes=(
+            smallest * per_token if request.kv_cache_mb is None else request.kv_cache_mb << 20
+        ),
+    )
+
+
+def _check_memory(needs: Needs, memory_bytes: int) -> None:
+    if needs.least_bytes > memory_bytes:
         raise Unloadable(
-            f"the model needs at least {_mb(weights_bytes + kv_bytes)} MB "
-            f"({_mb(weights_bytes)} MB of weights, {_mb(kv_bytes)} MB of KV cache), "
-            f"the device has {memory_bytes >> 20} MB",
+            f"the model needs at least {_mb(needs.least_bytes)} MB "
+            f"({_mb(needs.weights_bytes)} MB of weights, {_mb(needs.smallest_kv_bytes)} MB of KV "
+            f"cache), the device has {memory_bytes >> 20} MB",
             kind="insufficient_memory",
-            weights_bytes=weights_bytes,
-            kv_bytes=kv_bytes,
+            weights_bytes=needs.weights_bytes,
+            kv_bytes=needs.smallest_kv_bytes,
             memory_bytes=memory_bytes,
         )
-
-
-def _smallest_kv_bytes(checkpoint: Checkpoint, request: LoadRequest) -> int:
-    """Bytes of the smallest cache that does what was asked for."""
-    if request.kv_cache_mb is not None:
-        return request.kv_cache_mb << 20
-    tokens = request.max_context_tokens
-    if tokens is None:
-        tokens = min(_longest_context(checkpoint), SMALLEST_CONTEXT_TOKENS)
-    return tokens * kv_bytes_per_token(checkpoint.config, DTYPE_BYTES.get(request.dtype, 2))
 
 
 def _mb(count: int) -> int:

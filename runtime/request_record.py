@@ -17,13 +17,19 @@ class RequestRecord(msgspec.Struct):
 
     request_id: str
     arrived: float
+    key: str | None = None
+    """The id of the client's key, as the gateway says it."""
     model: str | None = None
     status: int = 200
     prompt_tokens: int = 0
     completion_tokens: int = 0
+    choices: int = 1
+    reasoning_tokens: int = 0
+    tool_calls: int = 0
     first_token_seconds: float | None = None
     duration_seconds: float = 0.0
     finish_reason: str | None = None
+    """Of the first choice."""
     error: str | None = None
 
     def refused(self, error: ApiError) -> None:

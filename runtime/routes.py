@@ -1,4 +1,4 @@
-"""The public HTTP of a neuron: one short handler per route, the table at the end.
+"""The public HTTP of a neuron: one short handler per route of ``route_table.py``.
 
 Handlers read the request, call what does the work, and encode the answer; what is refused is raised
 and rendered in ``middlewares.py``.
@@ -6,42 +6,49 @@ and rendered in ``middlewares.py``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 import msgspec
 from aiohttp import web
 
 from cortex.ipc.errors import ApiError, InvalidRequest, ModelNotFound, RouteNotFound
+from cortex.ipc.http_body import decoded, read_body
 from cortex.ipc.node_api import (
     Endpoint,
     LoadAnswer,
     LoadRequest,
+    RestartAnswer,
     RestartRequest,
+    UnloadAnswer,
     UnloadRequest,
 )
 from cortex.ipc.openai import (
     ChatCompletionRequest,
     CompletionRequest,
-    ModelEntry,
-    ModelList,
-    Tokenized,
     TokenizeRequest,
     decode_request,
 )
+from cortex.ipc.openai_answers import ModelEntry, ModelList, Tokenized
 from cortex.ipc.requests import decode_body
+from cortex.runtime.access import Access
 from cortex.runtime.admission import shutting_down
 from cortex.runtime.cached_models import CachedModels
+from cortex.runtime.door import Door
+from cortex.runtime.embeddings import Embeddings
 from cortex.runtime.health import Report
 from cortex.runtime.health import capabilities as loaded_capabilities
-from cortex.runtime.inference import Inference, servable
+from cortex.runtime.inference import Inference, Timing, servable
 from cortex.runtime.metrics import Metrics
 from cortex.runtime.node import ModelView, Node, TextView
+from cortex.runtime.prompts import TextThreads, prompt_of
 from cortex.runtime.served_model import not_loaded
 from cortex.runtime.version import Build
 
+T = TypeVar("T")
+
 OWNER = "cortex"
-ID = "{id:.+}"
-"""Model ids hold slashes and colons, escaped or not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,8 +56,13 @@ class Services:
     """What the handlers call."""
 
     node: Node
+    timing: Timing
+    access: Access
     report: Report
+    door: Door
+    threads: TextThreads
     inference: Inference
+    embeddings: Embeddings
     cached: CachedModels
     metrics: Metrics
     build: Build
@@ -59,6 +71,7 @@ class Services:
 
 
 SERVICES: web.AppKey[Services] = web.AppKey("services", Services)
+DOCUMENT: web.AppKey[bytes] = web.AppKey("document", bytes)
 
 
 async def health(request: web.Request) -> web.Response:
@@ -84,6 +97,11 @@ async def get_metrics(request: web.Request) -> web.Response:
     return web.Response(body=text, headers={"Content-Type": "text/plain; version=0.0.4"})
 
 
+async def openapi(request: web.Request) -> web.Response:
+    """``GET /openapi.json``: this very interface."""
+    return web.Response(body=request.app[DOCUMENT], content_type="application/json")
+
+
 async def models(request: web.Request) -> web.Response:
     """``GET /models``: a bare array."""
     return _json(request.app[SERVICES].report.models())
@@ -93,6 +111,8 @@ async def endpoint(request: web.Request) -> web.Response:
     """``GET /models/{id}/endpoint``: where the caller reaches the model: here."""
     model = _loaded(request)
     model.refuse_unless_loaded()
+    if not request.host.isascii():
+        raise InvalidRequest("the Host header names no host", param="Host")
     return _json(Endpoint(url=f"{request.scheme}://{request.host}"))
 
 
@@ -108,9 +128,9 @@ async def capabilities(request: web.Request) -> web.Response:
 async def load(request: web.Request) -> web.Response:
     """``POST /models/load``: 202 once queued, 200 where it is, or with ``wait`` becomes, loaded."""
     services = request.app[SERVICES]
-    if services.inference.is_draining:
+    if services.door.is_closed:
         raise shutting_down()
-    asked = decode_body(await request.read(), LoadRequest)
+    asked = await _asked(request, lambda body: decode_body(body, LoadRequest))
     model = await services.node.load(asked)
     if asked.wait:
         model = await services.node.loaded(asked.model_id)
@@ -121,9 +141,9 @@ async def load(request: web.Request) -> web.Response:
 
 async def unload(request: web.Request) -> web.Response:
     """``POST /models/unload``."""
-    asked = decode_body(await request.read(), UnloadRequest)
+    asked = await _asked(request, lambda body: decode_body(body, UnloadRequest))
     await request.app[SERVICES].node.unload(asked.model_id, asked.force)
-    return _json({"status": "unloaded"})
+    return _json(UnloadAnswer())
 
 
 async def restart_device(request: web.Request) -> web.Response:
@@ -134,9 +154,9 @@ async def restart_device(request: web.Request) -> web.Response:
         raise RouteNotFound(f"there is no device {index}; /health lists them")
     asked = RestartRequest()
     if request.can_read_body:
-        asked = decode_body(await request.read(), RestartRequest)
+        asked = await _asked(request, lambda body: decode_body(body, RestartRequest))
     await node.restart_device(index, asked.force)
-    return _json({"status": "restarted"})
+    return _json(RestartAnswer())
 
 
 async def chat_completions(request: web.Request) -> web.StreamResponse:
@@ -149,15 +169,18 @@ async def completions(request: web.Request) -> web.StreamResponse:
     return await request.app[SERVICES].inference.serve(request, CompletionRequest)
 
 
+async def embeddings(request: web.Request) -> web.Response:
+    """``POST /v1/embeddings``."""
+    return await request.app[SERVICES].embeddings.serve(request)
+
+
 async def tokenize(request: web.Request) -> web.Response:
     """``POST /tokenize``: what a prompt becomes, also of a model that is only on the disk."""
     services = request.app[SERVICES]
-    asked = decode_request(await request.read(), TokenizeRequest)
-    if (asked.messages is None) == (asked.prompt is None):
-        raise InvalidRequest("give messages, or a prompt", param="messages")
+    asked = await _asked(request, lambda body: decode_request(body, TokenizeRequest))
     text = await _text_side(services, asked.model)
-    tokens = await services.inference.in_thread(lambda: _tokens(text, asked))
-    return _json(Tokenized(tokens, len(tokens)))
+    prompt = await services.threads.run(lambda: prompt_of(text, asked))
+    return _json(Tokenized(prompt.token_ids, len(prompt.token_ids)))
 
 
 async def v1_models(request: web.Request) -> web.Response:
@@ -175,29 +198,15 @@ async def v1_model(request: web.Request) -> web.Response:
     return _json(_entry(model, request.app[SERVICES].started))
 
 
-ROUTES = [
-    web.get("/health", health),
-    web.get("/discovery", discovery),
-    web.get("/version", get_version),
-    web.get("/metrics", get_metrics),
-    web.get("/models", models),
-    web.get(f"/models/{ID}/endpoint", endpoint),
-    web.get(f"/models/{ID}/capabilities", capabilities),
-    web.post("/models/load", load),
-    web.post("/models/unload", unload),
-    web.post(r"/devices/{index:\d{1,4}}/restart", restart_device),
-    web.post("/v1/chat/completions", chat_completions),
-    web.post("/v1/completions", completions),
-    web.get("/v1/models", v1_models),
-    web.get(f"/v1/models/{ID}", v1_model),
-    web.post("/tokenize", tokenize),
-]
-
-
 def _json(body: object, status: int = 200) -> web.Response:
     return web.Response(
         status=status, body=msgspec.json.encode(body), content_type="application/json"
     )
+
+
+async def _asked(request: web.Request, decode: Callable[[bytes], T]) -> T:
+    patience_seconds = request.app[SERVICES].timing.body_patience_seconds
+    return await decoded(await read_body(request, patience_seconds), decode)
 
 
 def _loaded(request: web.Request) -> ModelView:
@@ -228,9 +237,3 @@ async def _text_side(services: Services, model_id: str) -> TextView:
             return await services.cached.text_side(model_id)
         except ModelNotFound:
             raise not_now from None
-
-
-def _tokens(text: TextView, asked: TokenizeRequest) -> list[int]:
-    if asked.messages is not None:
-        return text.chat_prompt(asked.messages, asked.chat_template_kwargs)
-    return text.text_prompt(asked.prompt or "")

@@ -7,10 +7,13 @@ any other temperature are not what one wants to see first.
 from __future__ import annotations
 
 import secrets
-from typing import Protocol
+from collections.abc import Sequence
+from typing import Any, Protocol
+
+import msgspec
 
 from cortex.ipc.errors import ContextLengthExceeded, InvalidRequest, PromptTooLongForMemory
-from cortex.ipc.messages import SamplingParams
+from cortex.ipc.messages import ReasoningBudget, SamplingParams
 from cortex.ipc.node_api import EMBEDDED_MODEL, LoadRequest, SamplingDefaults
 from cortex.ipc.openai import ChatCompletionRequest, CompletionRequest
 
@@ -35,6 +38,30 @@ class ModelDefaults(Protocol):
     def top_k(self) -> int | None:
         """0 is off."""
 
+    @property
+    def min_p(self) -> float | None:
+        """0 is off."""
+
+    @property
+    def repetition_penalty(self) -> float | None:
+        """1 is off."""
+
+
+class ModelSampling(Protocol):
+    """What a model's text side says of sampling."""
+
+    @property
+    def generation(self) -> ModelDefaults:
+        """What the checkpoint recommends."""
+
+    @property
+    def stop_token_ids(self) -> tuple[int, ...]:
+        """All tokens that end an answer."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Token ids are below it."""
+
 
 EMBEDDED_DEFAULTS = SamplingDefaults(temperature=0.0)
 
@@ -50,32 +77,81 @@ def resolve_sampling(
     asked: ChatCompletionRequest | CompletionRequest,
     *,
     operator: SamplingDefaults,
-    model: ModelDefaults,
-    stop_token_ids: tuple[int, ...],
+    model: ModelSampling,
     room_tokens: int,
+    reasoning_budget: ReasoningBudget | None = None,
 ) -> SamplingParams:
-    """Return how to sample; raise InvalidRequest.
+    """Return how to sample the first choice; raise InvalidRequest.
 
     The answer never runs over *room_tokens*: what is asked for beyond is cut, as clients that ask
     for 32,000 tokens of every model expect.
     """
     if len(asked.stop_strings) > MAX_STOP_STRINGS:
         raise InvalidRequest(f"at most {MAX_STOP_STRINGS} stop strings are taken", param="stop")
-    temperature = _first(
-        asked.temperature, operator.temperature, model.temperature, DEFAULT_TEMPERATURE
-    )
-    top_k = _first(asked.top_k, operator.top_k, model.top_k, 0)
+    stops, bias = asked.stop_token_ids or [], asked.logit_bias or {}
+    refuse_unknown_tokens(stops, model.vocab_size, "stop_token_ids")
+    refuse_unknown_tokens(list(bias), model.vocab_size, "logit_bias")
+    ends = () if asked.ignore_eos else model.stop_token_ids
     limit = asked.limit_tokens
     if limit is None:
         limit = COMPLETION_MAX_TOKENS if isinstance(asked, CompletionRequest) else room_tokens
     return SamplingParams(
-        temperature=temperature,
         max_tokens=min(limit, room_tokens),
         seed=secrets.randbits(63) if asked.seed is None else asked.seed,
-        top_p=_first(asked.top_p, operator.top_p, model.top_p, 1.0),
-        top_k=max(0, int(top_k)),  # -1 is how vLLM's clients switch it off
-        stop_token_ids=() if asked.ignore_eos else stop_token_ids,
+        logit_bias=bias,
+        stop_token_ids=tuple(dict.fromkeys((*ends, *stops))),
+        top_logprobs=asked.wanted_logprobs,
+        reasoning_budget=reasoning_budget,
+        **_settled(asked, operator, model.generation),
     )
+
+
+def _settled(
+    asked: ChatCompletionRequest | CompletionRequest,
+    operator: SamplingDefaults,
+    model: ModelDefaults,
+) -> dict[str, Any]:
+    """Return what the request, the operator or the model says, in this order."""
+    recommended = {
+        "temperature": model.temperature,
+        "top_p": model.top_p,
+        "top_k": model.top_k,
+        "min_p": model.min_p,
+        "repetition_penalty": model.repetition_penalty,
+    }
+    neutral = {
+        "temperature": DEFAULT_TEMPERATURE,
+        "top_p": 1.0,
+        "top_k": 0,
+        "min_p": 0.0,
+        "repetition_penalty": 1.0,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+    }
+    settled: dict[str, Any] = {}
+    for name, last in neutral.items():
+        said = (getattr(asked, name), getattr(operator, name), recommended.get(name), last)
+        settled[name] = next(value for value in said if value is not None)
+    settled["top_k"] = max(0, int(settled["top_k"]))  # -1 is how vLLM's clients switch it off
+    return settled
+
+
+def of_choice(sampling: SamplingParams, index: int) -> SamplingParams:
+    """Return how to sample the choice *index*: with a seed of its own, from that of the first."""
+    if index == 0:
+        return sampling
+    seed = (sampling.seed + index + 2**63) % 2**64 - 2**63
+    return msgspec.structs.replace(sampling, seed=seed)
+
+
+def refuse_unknown_tokens(token_ids: Sequence[int], vocab_size: int, place: str) -> None:
+    """Raise InvalidRequest for an id that the vocabulary has not."""
+    largest = max(token_ids, default=0)
+    if largest >= vocab_size:
+        raise InvalidRequest(
+            f"{place} has the token id {largest}, and the model's end at {vocab_size - 1}",
+            param=place,
+        )
 
 
 def room_for_answer(prompt_tokens: int, context_tokens: int, cache_tokens: int) -> int:
@@ -93,8 +169,3 @@ def room_for_answer(prompt_tokens: int, context_tokens: int, cache_tokens: int) 
             extras={"prompt_tokens": prompt_tokens, "cache_tokens": cache_tokens},
         )
     return min(context_tokens, cache_tokens) - prompt_tokens
-
-
-def _first(*values: float | None) -> float:
-    """Return the first that is set; the last always is."""
-    return next(value for value in values if value is not None)

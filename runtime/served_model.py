@@ -19,9 +19,10 @@ from cortex.ipc.errors import (
 )
 from cortex.ipc.messages import Footprint, ModelLoaded
 from cortex.ipc.node_api import LoadRequest, ModelStatus, Progress, Servable
+from cortex.runtime.device_conversation import Running
 from cortex.runtime.device_process import Clock, DeviceProcess
-from cortex.runtime.generation import Generation
 from cortex.runtime.model_state import TRANSITIONS, On, State, after, phase, public
+from cortex.runtime.progress import Pace
 from cortex.runtime.pulse import Pulse
 from cortex.runtime.text import TextSide
 
@@ -51,10 +52,14 @@ class ServedModel:
         self.limits: Limits | None = None
         self.bringing_up: asyncio.Task[None] | None = None
         """The task that loads it, or loads it again."""
+        self.is_examined = False
+        """Whether its headers were judged before its load was accepted."""
+        self.estimate_bytes: int | None = None
+        """What it is expected to hold, while that is not measured; None where nobody knows."""
         self.is_on_device = False
         """Whether its device was told to load it in this life, and did not refuse."""
         self._clock = clock
-        self._bytes = (0, 0)
+        self._pace = Pace(clock)
         self._changed = Pulse()
 
     @property
@@ -73,7 +78,7 @@ class ServedModel:
         return None if self.error is None else str(self.error)
 
     @property
-    def generations(self) -> list[Generation]:
+    def running(self) -> list[Running]:
         """What runs on it now."""
         return self.device.of_model(self.id)
 
@@ -83,10 +88,8 @@ class ServedModel:
         at = phase(self.state)
         if at is None:
             return None
-        done, total = self._bytes
-        seconds = self._clock() - self.since
-        eta = seconds * (total - done) / done if 0 < done <= total and seconds > 0 else None
-        return Progress(at, done, total, eta)
+        pace = self._pace
+        return Progress(at, pace.bytes_done, pace.bytes_total, pace.eta_seconds)
 
     @property
     def servable(self) -> Servable:
@@ -130,7 +133,7 @@ class ServedModel:
         """Raise Conflict where it cannot be unloaded now."""
         if self.state is State.UNLOADING:
             raise Conflict(f"model {self.id!r} is being unloaded already")
-        running = len(self.generations)
+        running = len(self.running)
         if running and not force:
             raise Conflict(f"{running} requests run on model {self.id!r}: wait, or use force")
 
@@ -138,7 +141,7 @@ class ServedModel:
         """Move to the state that follows."""
         self.state = after(self.state, on)
         self.since = self._clock()
-        self._bytes = (0, 0)
+        self._pace = Pace(self._clock)
         self._changed.beat()
 
     def begin_unload(self) -> None:
@@ -162,7 +165,7 @@ class ServedModel:
 
     def report(self, bytes_done: int, bytes_total: int) -> None:
         """Note how far the download, or the load, has come."""
-        self._bytes = (bytes_done, bytes_total)
+        self._pace.note(bytes_done, bytes_total)
 
     def fail(self, error: ApiError) -> None:
         """Record why it failed."""
@@ -211,4 +214,7 @@ def _comparable(request: LoadRequest) -> dict[str, object]:
         "kv_cache_mb": request.kv_cache_mb,
         "max_sequences": request.max_sequences,
         "sampling": request.sampling,
+        "tool_prompt": request.tool_prompt,
+        "tool_parser": request.tool_parser,
+        "reasoning_parser": request.reasoning_parser,
     }

@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import signal
 import socket
+import sys
 from collections.abc import Awaitable, Coroutine, Sequence
 from dataclasses import dataclass
 
@@ -18,18 +19,25 @@ import uvloop
 from aiohttp import web
 
 from cortex.ipc import service_manager
+from cortex.ipc.settings import is_loopback
 from cortex.ipc.taps import SUPERVISOR, Tap
 from cortex.runtime import fork_server
+from cortex.runtime.access import Access
 from cortex.runtime.activation import Activation
-from cortex.runtime.app import build_app, build_services
+from cortex.runtime.app import build_app, build_runner, build_services
 from cortex.runtime.config import (
     DeviceSpec,
     NeuronConfig,
     cuda_visible_devices,
+    ordered_faults,
 )
 from cortex.runtime.device_budget import resolve_devices
 from cortex.runtime.discovery import GpuProbe, Inventory, NvmlProbe
+from cortex.runtime.footprints import Footprints
+from cortex.runtime.hang_watch import Deadlines
 from cortex.runtime.host import Host
+from cortex.runtime.injection import InjectedFaults
+from cortex.runtime.model_files import ModelFiles
 from cortex.runtime.node import Node
 from cortex.runtime.readings import Readings
 from cortex.runtime.routes import Services
@@ -37,6 +45,9 @@ from cortex.runtime.supervisor import Supervisor
 from cortex.runtime.version import Build
 
 BACKLOG = 1024
+GIL_SECONDS = 0.0005
+"""How long a thread may keep the interpreter while another wants it, a tenth of Python's default:
+with that a thread that read a checkpoint held up every answer of the loop by about 15 ms."""
 LAST_FRAMES_SECONDS = 5.0
 """After the drain, for requests that were just failed to tell their clients so."""
 
@@ -49,11 +60,15 @@ class CannotListen(OSError):
 
 def serve(config: NeuronConfig) -> None:
     """Run the neuron until it is told to stop; raise ConfigError or CannotListen."""
+    sys.setswitchinterval(GIL_SECONDS)
+    access = Access.of(config)
+    files = ModelFiles(config.places)
+    ordered_faults()  # one that is misspelled stops the start
     host = Surroundings.look()
     devices = resolve_devices(config, host.inventory, Host.read())
     listener = bind(*config.address)
     fork_server.prepare()
-    uvloop.run(_serve(config, devices, listener, host))
+    uvloop.run(_serve(config, devices, listener, host, access=access, files=files))
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +94,8 @@ def bind(host: str, port: int) -> socket.socket:
         listener = socket.socket(family, socket.SOCK_STREAM)
     except OSError as exc:
         raise CannotListen(f"cannot listen on {host}:{port}: {exc.strerror or exc}") from exc
+    except UnicodeError as exc:  # of a name with an empty or an endless part
+        raise CannotListen(f"cannot listen on {host}:{port}: this is no name of a host") from exc
     try:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         listener.bind(address)
@@ -117,31 +134,49 @@ class Stop:
         return True
 
 
+def hangups() -> asyncio.Event:
+    """Return what SIGHUP sets; ``nohup``, which has it ignored, is left as it is."""
+    heard = asyncio.Event()
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, heard.set)
+    return heard
+
+
 async def _serve(
     config: NeuronConfig,
     devices: list[DeviceSpec],
     listener: socket.socket,
     host: Surroundings,
+    *,
+    access: Access,
+    files: ModelFiles,
 ) -> None:
     stop = Stop()
     for number in (signal.SIGINT, signal.SIGTERM):
         asyncio.get_running_loop().add_signal_handler(number, stop.ask)
+    hangup = hangups()
     port: int = listener.getsockname()[1]
     with contextlib.closing(_tap(config, port)) as tap:
         supervisor = Supervisor(
             devices,
-            cache_directory=config.cache_directory,
+            files=files,
             taps=tap,
-            file_roots=None if config.is_loopback else (),
             log_level=config.log_level,
+            footprints=Footprints(config.cache_directory),
+            deadlines=Deadlines(
+                config.engine.step_deadline_seconds, config.engine.load_stall_seconds
+            ),
+            faults=_faults(),
         )
         async with supervisor as node:
             readings = Readings(host.probe, host.inventory, node.devices)
+            node.memory.foreign_use = readings.foreign_use_of
             await readings.refresh()
             activation = Activation(config.models)
             services = build_services(
                 config,
                 node,
+                access=access,
                 inventory=host.inventory,
                 readings=readings,
                 activation=activation,
@@ -151,6 +186,7 @@ async def _serve(
             beside = [
                 readings.keep_fresh(),
                 activation.run(node),
+                access.reload_at(hangup),
                 service_manager.feed_watchdog(),
             ]
             await run(services, listener, stop, config.drain_seconds, beside)
@@ -165,16 +201,24 @@ async def run(
 ) -> None:
     """Listen, and serve until *stop* is asked for; drain. *beside* runs as long as that."""
     node = services.node
-    runner = web.AppRunner(
-        build_app(services),
-        access_log=None,
-        handler_cancellation=True,
-        shutdown_timeout=LAST_FRAMES_SECONDS,
-    )
+    runner = build_runner(build_app(services), LAST_FRAMES_SECONDS)
     await runner.setup()
-    await web.SockSite(runner, listener, backlog=BACKLOG).start()
+    access = services.access
+    context = access.ssl_context
+    await web.SockSite(runner, listener, backlog=BACKLOG, ssl_context=context).start()
     service_manager.notify("READY=1")
-    log.info("neuron listening", address=_name(listener), devices=_names(node))
+    log.info(
+        "neuron listening",
+        address=_name(listener),
+        devices=_names(node),
+        tls=context is not None,
+        needs_key=not access.is_open,
+    )
+    if access.is_open and not is_loopback(listener.getsockname()[0]):
+        log.warning(
+            "anybody who reaches this port may use it: set key_file in [auth]",
+            address=_name(listener),
+        )
     async with asyncio.TaskGroup() as tasks:
         running = [tasks.create_task(work) for work in beside]
         await stop.asked.wait()
@@ -189,11 +233,20 @@ async def _drain(services: Services, node: Node, stop: Stop, seconds: float) -> 
     """Refuse what is new, let what runs finish, and fail what does not in time."""
     service_manager.notify("STOPPING=1")
     services.report.is_draining = True
-    services.inference.refuse_new()
+    services.door.close()
     log.info("neuron draining", patience_seconds=seconds)
-    if not await stop.patiently(services.inference.idle(), seconds):
+    if not await stop.patiently(services.door.empty(), seconds):
         log.warning("requests cut off by the stop")
     await node.drain(0)
+
+
+def _faults() -> InjectedFaults | None:
+    """Return what a test wants to go wrong; None, for all but tests."""
+    ordered = ordered_faults()
+    if not ordered:
+        return None
+    log.warning("faults will be injected, because a test asks for them", faults=ordered)
+    return InjectedFaults(ordered)
 
 
 def _tap(config: NeuronConfig, port: int) -> Tap:

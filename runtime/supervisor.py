@@ -16,9 +16,8 @@ import contextlib
 import itertools
 import time
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import Literal, Self
 
 import structlog
 import zmq.asyncio
@@ -31,11 +30,15 @@ from cortex.runtime import device_state
 from cortex.runtime.admission import shutting_down
 from cortex.runtime.config import DeviceSpec
 from cortex.runtime.device_choice import choose_device
+from cortex.runtime.device_conversation import Running
 from cortex.runtime.device_life import DeviceLife, Life
 from cortex.runtime.device_process import Clock, DeviceProcess
+from cortex.runtime.footprints import Footprints
 from cortex.runtime.fork_server import ForkServer
 from cortex.runtime.generation import Generation
-from cortex.runtime.model_files import ModelFiles
+from cortex.runtime.hang_watch import Deadlines
+from cortex.runtime.injection import InjectedFaults
+from cortex.runtime.memory_books import MemoryBooks
 from cortex.runtime.model_loads import Files, ModelLoads
 from cortex.runtime.model_state import FAILED_SHOWN_SECONDS, State, phase
 from cortex.runtime.served_model import ServedModel, not_loaded
@@ -48,31 +51,35 @@ _log = structlog.get_logger()
 class Supervisor:
     """Devices and models of one neuron; an async context manager, in the main thread's loop.
 
-    ``fork_server.prepare()`` has to come first. *file_roots* are what ``file:`` sources may read,
-    None is any. *begin_life* and *files* are for tests.
+    ``fork_server.prepare()`` has to come first. *files* is closed with it. *begin_life* is for
+    tests.
     """
 
     def __init__(
         self,
         devices: Sequence[DeviceSpec],
         *,
-        cache_directory: Path,
+        files: Files,
         taps: Tap,
-        file_roots: Sequence[Path] | None = None,
         log_level: str = "info",
         clock: Clock = time.monotonic,
         begin_life: Callable[[DeviceSpec, itertools.count[int]], Life] | None = None,
         backoff: Callable[[int], float] = device_state.backoff_seconds,
-        files: Files | None = None,
+        footprints: Footprints | None = None,
+        deadlines: Deadlines = Deadlines(),  # noqa: B008 - frozen
+        faults: InjectedFaults | None = None,
     ) -> None:
         self.is_draining = False
         self._clock = clock
         self._taps = taps
         self._log_level = log_level
         self._begin_life = begin_life
-        self._files: Files = files or ModelFiles(cache_directory, file_roots)
+        self._deadlines = deadlines
+        self._faults = faults
+        self._files = files if faults is None else faults.around(files)
         self._models: dict[str, ServedModel] = {}
-        self._loads = ModelLoads(self._files, self.free_bytes, clock)
+        self.memory = MemoryBooks(self._models)
+        self._loads = ModelLoads(self._files, self.memory, footprints or Footprints(None), clock)
         self._tasks = asyncio.TaskGroup()
         self._exits = contextlib.ExitStack()
         self.devices = [
@@ -119,15 +126,17 @@ class Supervisor:
         Raise Unloadable for what cannot work, LoadedDifferently for a model that is here otherwise.
         """
         self._refuse_while_draining()
-        known = self.models.get(request.model_id)
-        if known is not None and known.state is State.UNLOADING:
-            raise Conflict(f"model {known.id!r} is being unloaded: try again when it is gone")
-        if known is not None and known.state is not State.FAILED:
-            known.refuse_other(request)
+        if known := self._known(request):
             return known
         self._files.refuse(request)
-        device = choose_device(request, self.devices, self.free_bytes)
+        device = choose_device(request, self.devices, self.memory.free_bytes)
+        verdict = await self._loads.examine_soon(request, device)
+        self._refuse_while_draining()
+        if known := self._known(request):  # another load of it was faster
+            return known
+        device = choose_device(request, self.devices, self.memory.free_bytes)  # as it is by now
         model = self._models[request.model_id] = ServedModel(request, device, self._clock)
+        model.is_examined, model.estimate_bytes = verdict.is_final, verdict.estimate_bytes
         model.bringing_up = self._tasks.create_task(self._loads.bring_up(model))
         return model
 
@@ -174,29 +183,39 @@ class Supervisor:
         model.refuse_unless_loaded()
         return model.device.generate(model_id, prompt_token_ids, sampling)
 
-    def free_bytes(self, device: DeviceProcess) -> int:
-        """Return what is left of a device's budget."""
-        held = (
-            model.footprint.total_bytes
-            for model in self._models.values()
-            if model.device is device and model.footprint is not None
-        )
-        return device.spec.memory_bytes - sum(held)
+    async def embed(
+        self, model_id: str, token_ids: list[int], pooling: Literal["last", "mean"]
+    ) -> bytes:
+        """Return one vector of the tokens; raise what ``generate`` does, or what it failed with."""
+        self._refuse_while_draining()
+        model = self._find(model_id)
+        model.refuse_unless_loaded()
+        return await model.device.embed(model_id, token_ids, pooling).wait()
 
     async def drain(self, timeout_seconds: float) -> None:
         """Take nothing new and let what runs finish; what runs or loads in the end fails."""
         self.is_draining = True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(timeout_seconds):
-                for generation in self._running():
-                    await generation.ended.wait()
-        for generation in self._running():
-            generation.cancel()
-            generation.fail(ShuttingDown("the neuron stops and this request took too long"))
+                for running in self._running():
+                    await running.ended.wait()
+        for running in self._running():
+            running.cancel()
+            running.fail(ShuttingDown("the neuron stops and this request took too long"))
         self._give_up_loads()
 
-    def _running(self) -> list[Generation]:
-        return [generation for device in self.devices for generation in device.generations]
+    def _running(self) -> list[Running]:
+        return [running for device in self.devices for running in device.running]
+
+    def _known(self, request: LoadRequest) -> ServedModel | None:
+        """Return the model where *request* asks for what is here; raise where it cannot be."""
+        known = self.models.get(request.model_id)
+        if known is None or known.state is State.FAILED:
+            return None
+        if known.state is State.UNLOADING:
+            raise Conflict(f"model {known.id!r} is being unloaded: try again when it is gone")
+        known.refuse_other(request)
+        return known
 
     def _find(self, model_id: str) -> ServedModel:
         model = self.models.get(model_id)
@@ -209,7 +228,7 @@ class Supervisor:
             raise shutting_down()
 
     def _refuse_while_busy(self, device: DeviceProcess) -> None:
-        running = len(device.generations)
+        running = len(device.running)
         moving = [
             model.id
             for model in self._models.values()
@@ -235,6 +254,8 @@ class Supervisor:
             context=context,
             tap=self._taps,
             log_level=self._log_level,
+            deadlines=self._deadlines,
+            faults=self._faults.next_life(spec.name) if self._faults else None,
         )
 
     async def _take_off(self, model: ServedModel) -> ApiError | None:

@@ -15,20 +15,24 @@ A sequence ends at any of ``stop_token_ids``, which are
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-from cortex.ipc.errors import InvalidRequest, Unloadable, UnsupportedParameter
-from cortex.ipc.openai import ChatMessage
+from cortex.ipc.errors import Unloadable, UnsupportedParameter
 from cortex.models.checkpoints.checkpoint import Checkpoint
 from cortex.models.checkpoints.errors import CheckpointError
 from cortex.models.checkpoints.gguf import GGUFFile
-from cortex.models.checkpoints.json import read_object
+from cortex.models.checkpoints.json import read_bytes, read_object
+from cortex.runtime.chat import Chat, ChatOptions, encoded
 from cortex.runtime.chat_template import ChatTemplate
+from cortex.runtime.conversation import ChatPrompt, Conversation
 from cortex.runtime.detokenizer import Detokenizer
 from cortex.runtime.tokenizer import Tokenizer
+from cortex.runtime.tokenizer_cache import TokenizerCache
+
+MAX_TEMPLATE_BYTES = 1 << 20
 
 TURN_ENDS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|eom_id|>", "<|end_of_text|>")
 
@@ -40,6 +44,8 @@ class GenerationDefaults:
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
+    min_p: float | None = None
+    repetition_penalty: float | None = None
 
     @classmethod
     def of(cls, config: dict[str, Any]) -> GenerationDefaults:
@@ -51,8 +57,13 @@ class GenerationDefaults:
         if config.get("do_sample") is False:
             temperature = 0.0
         top_k = _number(config, "top_k", 0, 2**31 - 1)
-        top_p = _number(config, "top_p", sys.float_info.min, 1.0)
-        return cls(temperature, top_p, None if top_k is None else int(top_k))
+        return cls(
+            temperature,
+            top_p=_number(config, "top_p", sys.float_info.min, 1.0),
+            top_k=None if top_k is None else int(top_k),
+            min_p=_number(config, "min_p", 0.0, 1.0),
+            repetition_penalty=_number(config, "repetition_penalty", 0.01, 2.0),
+        )
 
 
 def _number(config: dict[str, Any], name: str, least: float, most: float) -> float | None:
@@ -69,64 +80,108 @@ class TextSide:
     """Everything the supervisor needs of one model to speak with it."""
 
     tokenizer: Tokenizer
-    template: ChatTemplate | None
+    chat: Chat | None
+    """None where the checkpoint has no chat template."""
     generation: GenerationDefaults
     stop_token_ids: tuple[int, ...]
     vocab_size: int
     """Of the weights, which may have rows that no token of the tokenizer uses."""
+    pooling: Literal["last", "mean"] | None = None
+    """How the checkpoint makes one vector of a text; None where it does not."""
 
     @classmethod
-    def from_checkpoint(cls, path: Path) -> TextSide:
-        """Read the text side of a GGUF file or a directory; raise Unloadable."""
+    def from_checkpoint(
+        cls,
+        path: Path,
+        options: ChatOptions | None = None,
+        tokenizers: TokenizerCache | None = None,
+        checkpoint: Checkpoint | None = None,
+    ) -> TextSide:
+        """Read the text side of a GGUF file or a directory; raise Unloadable.
+
+        *checkpoint* is it, opened, where the caller has it.
+        """
         try:
-            return _read(path)
+            opened = checkpoint or Checkpoint.open(path)
+            return _read(opened, options, tokenizers or TokenizerCache())
         except CheckpointError as exc:
             raise Unloadable(str(exc), kind="corrupt_checkpoint") from exc
 
-    def chat_prompt(
-        self, messages: Sequence[ChatMessage], template_kwargs: dict[str, Any] | None = None
-    ) -> list[int]:
-        """Return the prompt of a conversation; raise InvalidRequest or UnsupportedParameter.
+    @property
+    def abilities(self) -> list[str]:
+        """What requests can ask of the model, as ``/models`` names it."""
+        has = {
+            "completion": True,
+            "chat": self.chat is not None,
+            "tools": self.takes_tools,
+            "embeddings": self.pooling is not None,
+        }
+        return [name for name, is_there in has.items() if is_there]
 
-        The template alone decides about BOS, as in transformers, so it is never there twice.
-        """
-        if self.template is None:
+    @property
+    def takes_tools(self) -> bool:
+        """Whether a conversation may offer tools."""
+        return self.chat is not None and self.chat.takes_tools
+
+    @property
+    def reasons(self) -> bool:
+        """Whether the model may think before it answers."""
+        return self.chat is not None and self.chat.reasons
+
+    @property
+    def takes_effort(self) -> bool:
+        """Whether its template has a word for how much it should think."""
+        return self.chat is not None and self.chat.takes_effort
+
+    def chat_prompt(self, conversation: Conversation) -> ChatPrompt:
+        """Return the prompt of a conversation; raise InvalidRequest or UnsupportedParameter."""
+        if self.chat is None:
             raise UnsupportedParameter(
                 "this model has no chat template, so it cannot chat: use /v1/completions",
                 param="messages",
             )
-        prompt = self.template.render(messages, template_kwargs)
-        return self._encode(prompt, "messages", with_bos=False)
+        return self.chat.prompt(conversation)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """Return the bytes that one token stands for."""
+        return self.tokenizer.bytes_of(token_id)
 
     def text_prompt(self, prompt: str) -> list[int]:
         """Return the ids of a plain text, with BOS where the tokenizer wants one."""
-        return self._encode(prompt, "prompt", with_bos=True)
+        return encoded(self.tokenizer, prompt, "prompt", with_bos=True)
 
-    def detokenizer(self) -> Detokenizer:
-        """Return a detokenizer for one answer; what ends a sequence is not shown."""
-        return Detokenizer(self.tokenizer, self.stop_token_ids)
+    def detokenizer(self, shown_ids: Collection[int] = ()) -> Detokenizer:
+        """Return a detokenizer for one answer; what ends a sequence is not shown.
 
-    def _encode(self, text: str, param: str, *, with_bos: bool) -> list[int]:
-        try:
-            return self.tokenizer.encode(text, with_bos=with_bos)
-        except TypeError as exc:  # all that tokenizers says of half a surrogate pair
-            raise InvalidRequest("the text holds half a surrogate pair", param=param) from exc
+        *shown_ids* are control tokens that are shown nevertheless.
+        """
+        return Detokenizer(self.tokenizer, self.stop_token_ids, shown_ids)
 
 
-def _read(path: Path) -> TextSide:
-    checkpoint = Checkpoint.open(path)
+def _read(
+    checkpoint: Checkpoint, options: ChatOptions | None, tokenizers: TokenizerCache
+) -> TextSide:
+    path = checkpoint.path
     if checkpoint.format == "gguf":
         file = GGUFFile.open(path)
-        tokenizer, source = Tokenizer.from_gguf(file), _gguf_template(file)
+        tokenizer = tokenizers.of([path], lambda: Tokenizer.from_gguf(file))
+        source = _gguf_template(file)
     else:
-        tokenizer, source = Tokenizer.from_directory(path), _directory_template(path)
+        files = [path / "tokenizer.json", path / "tokenizer_config.json"]
+        tokenizer = tokenizers.of(files, lambda: Tokenizer.from_directory(path))
+        source = _directory_template(path)
     return TextSide(
         tokenizer=tokenizer,
-        template=ChatTemplate(source, tokenizer.special_tokens) if source else None,
+        chat=_chat(tokenizer, source, options) if source else None,
         generation=GenerationDefaults.of(checkpoint.generation_config),
         stop_token_ids=_stop_token_ids(checkpoint, tokenizer, source or ""),
         vocab_size=checkpoint.config.get("vocab_size") or tokenizer.vocab_size,
+        pooling=checkpoint.pooling,
     )
+
+
+def _chat(tokenizer: Tokenizer, template: str, options: ChatOptions | None) -> Chat:
+    return Chat(tokenizer, ChatTemplate(template, tokenizer.special_tokens), options)
 
 
 def _stop_token_ids(checkpoint: Checkpoint, tokenizer: Tokenizer, template: str) -> tuple[int, ...]:
@@ -154,8 +209,8 @@ def _directory_template(path: Path) -> str | None:
     file = path / "chat_template.jinja"
     if file.exists():
         try:
-            return file.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as exc:
+            return read_bytes(file, MAX_TEMPLATE_BYTES).decode()
+        except UnicodeDecodeError as exc:
             raise CheckpointError(f"{file}: cannot be read: {exc}") from exc
     config_path = path / "tokenizer_config.json"
     source = read_object(config_path).get("chat_template") if config_path.exists() else None

@@ -1,13 +1,22 @@
-"""One answer in the making: its text, its objects, and what is measured of it."""
+"""The answers to one request in the making: their objects, and what is measured of them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+
+import msgspec
 
 from cortex.ipc.errors import NodeFailed
-from cortex.ipc.openai import ChatCompletionRequest, CompletionRequest, FinishReason, Usage
-from cortex.ipc.ring import TokenRecord
-from cortex.runtime.completions import Answer, Answers, ChatAnswers, TextAnswers, usage_of
+from cortex.ipc.openai import ChatCompletionRequest, CompletionRequest
+from cortex.ipc.openai_answers import Usage
+from cortex.ipc.ring import Flag, TokenRecord
+from cortex.runtime.answer import Answer, Reading, Said
+from cortex.runtime.completions import Answers, ChatAnswers, Ended, TextAnswers, usage_of
+from cortex.runtime.conversation import ChatPrompt
+from cortex.runtime.detokenizer import StopStrings
+from cortex.runtime.logprobs import Logprobs, Scored
+from cortex.runtime.node import TextView
+from cortex.runtime.pieces import Piece
 from cortex.runtime.request_record import RequestRecord
 from cortex.runtime.traffic import TokensHeld, Traffic
 
@@ -15,51 +24,142 @@ Asked = ChatCompletionRequest | CompletionRequest
 
 
 class Turn:
-    """One answer in the making: its text, its objects, and what is measured of it."""
+    """The answers to one request, in one dialect; either gathered or given out in chunks."""
 
     def __init__(
         self,
         asked: Asked,
-        answer: Answer,
+        answers: Sequence[Answer],
         traffic: Traffic,
         record: RequestRecord,
         clock: Callable[[], float],
+        *,
+        reasons: bool,
     ) -> None:
         kind = ChatAnswers if isinstance(asked, ChatCompletionRequest) else TextAnswers
         self.asked = asked
-        self.answer = answer
-        self.answers: Answers = kind(asked.model, nullable=asked.wants_usage_chunk)
+        self.answers = answers
+        self.objects: Answers = kind(asked.model, nullable=asked.wants_usage_chunk)
         self.record = record
         self.traffic = traffic
+        self.running = len(answers)
+        """Answers that have not ended."""
+        self._reasons = reasons
         self._clock = clock
         self._submitted = clock()
-        self._first_token = 0.0
+        self._first_token: list[float | None] = [None] * len(answers)
+        self._is_scored = asked.wanted_logprobs is not None
+        self._said = [Said(is_scored=self._is_scored) for _ in answers]
 
     @property
     def usage(self) -> Usage:
-        """Tokens so far."""
-        return usage_of(self.record.prompt_tokens, self.answer.completion_tokens)
+        """Tokens so far; of reasoning only where the model may reason."""
+        reasoning = self.record.reasoning_tokens if self._reasons else None
+        return usage_of(self.record.prompt_tokens, self.record.completion_tokens, reasoning)
 
-    def add(self, records: list[TokenRecord], held: TokensHeld) -> str:
-        """Return the text that *records* finish; measure what they say."""
-        text = self.answer.add(records)
-        held.add(self.answer.completion_tokens - self.record.completion_tokens)
-        self.record.completion_tokens = self.answer.completion_tokens
-        self.record.finish_reason = self.answer.finish_reason
-        self._measure(self._clock())
-        return text
+    def is_over(self, index: int) -> bool:
+        """Whether the answer *index* has ended."""
+        return self.answers[index].finish_reason is not None
 
-    def reason(self) -> FinishReason:
-        """Return why it ended; raise NodeFailed where its tokens just stopped."""
-        if self.answer.finish_reason is None:
+    def gather(self, index: int, records: list[TokenRecord], held: TokensHeld) -> None:
+        """Take a batch of an answer that will be given whole; nothing where it has ended."""
+        if not self.is_over(index):
+            pieces = self._add(index, records, held)
+            self._said[index].add(pieces, self.answers[index].take_logprobs())
+
+    def whole(self) -> msgspec.Struct:
+        """Return the answer that does not stream; raise NodeFailed where it is not whole."""
+        self.refuse_unfinished()
+        ended = [
+            (said, _ended(answer)) for said, answer in zip(self._said, self.answers, strict=True)
+        ]
+        return self.objects.whole(ended, self.usage)
+
+    def chunks(
+        self, index: int, records: list[TokenRecord], held: TokensHeld
+    ) -> Iterator[msgspec.Struct]:
+        """Yield what a batch adds to an answer, and its end; nothing where it has ended.
+
+        Raise MalformedToolCall where what was given out would have to be taken back.
+        """
+        answer = self.answers[index]
+        for part in _tokens(records) if self._is_scored else (records,):
+            if self.is_over(index):
+                return
+            pieces = self._add(index, part, held)
+            for piece in pieces:
+                if piece is not answer.cut_call:  # then it just ends, as the finish reason says
+                    yield self.objects.piece(index, piece, self._scored(index))
+            if self.is_over(index):
+                yield self.objects.ending(index, _ended(answer), self._scored(index))
+
+    def refuse_unfinished(self) -> None:
+        """Raise NodeFailed where the tokens of an answer just stopped."""
+        if self.running:
             raise NodeFailed("the generation ended without a finish")
-        return self.answer.finish_reason
 
-    def _measure(self, now: float) -> None:
+    def _add(self, index: int, records: list[TokenRecord], held: TokensHeld) -> list[Piece]:
+        """Return the pieces that *records* finish; measure what they say."""
+        answer, record = self.answers[index], self.record
+        tokens, reasoning, calls = answer.completion_tokens, answer.reasoning_tokens, answer.calls
+        pieces = answer.add(records)
+        tokens = answer.completion_tokens - tokens
+        held.add(tokens)
+        record.completion_tokens += tokens
+        record.reasoning_tokens += answer.reasoning_tokens - reasoning
+        record.tool_calls += answer.calls - calls
+        self._measure(index, self._clock())
+        return pieces
+
+    def _scored(self, index: int) -> list[Scored] | None:
+        """Return the log probabilities that the next chunk carries; they are of text so far."""
+        return self.answers[index].take_logprobs() if self._is_scored else None
+
+    def _measure(self, index: int, now: float) -> None:
+        answer, first = self.answers[index], self._first_token[index]
         if self.record.first_token_seconds is None:
-            self._first_token = now
             self.record.first_token_seconds = now - self.record.arrived
             self.traffic.rates.prefilled(self.record.prompt_tokens, now - self._submitted)
-        elif self.answer.finish_reason is not None:
-            tokens = self.answer.completion_tokens - 1
-            self.traffic.rates.decoded(tokens, now - self._first_token)
+        if first is None:
+            self._first_token[index] = first = now
+        if answer.finish_reason is not None:
+            self.running -= 1
+            self.traffic.rates.decoded(answer.completion_tokens - 1, now - first)
+            if index == 0:
+                self.record.finish_reason = answer.finish_reason
+
+
+def answers_of(asked: Asked, text: TextView, prompt: ChatPrompt) -> list[Answer]:
+    """Return an answer for each choice of *asked*, to be read as its *prompt* says."""
+    return [Answer(_reading(asked, text, prompt)) for _ in range(asked.choices)]
+
+
+def _reading(asked: Asked, text: TextView, prompt: ChatPrompt) -> Reading:
+    return Reading(
+        text.detokenizer(prompt.shown_ids),
+        StopStrings(asked.stop_strings),
+        prompt.reader(),
+        None if asked.wanted_logprobs is None else Logprobs(text.token_bytes),
+        named_stops=frozenset(asked.stop_token_ids or ()),
+        is_one_call=isinstance(asked, ChatCompletionRequest) and asked.parallel_tool_calls is False,
+    )
+
+
+def _ended(answer: Answer) -> Ended:
+    assert answer.finish_reason is not None, "it has ended"
+    return Ended(answer.finish_reason, answer.stop_reason)
+
+
+def _tokens(records: list[TokenRecord]) -> Iterator[list[TokenRecord]]:
+    """Cut a batch into parts of one token each, with what is said of it before it.
+
+    The last part may have no token: a full ring cuts anywhere.
+    """
+    part: list[TokenRecord] = []
+    for record in records:
+        part.append(record)
+        if not record.flags & Flag.TOP:
+            yield part
+            part = []
+    if part:
+        yield part

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from answers import MODEL, Address, answered, events
+from processes import family, name_of
 from quickstart import Stack, free_addresses
 
 TOKENS = 128
@@ -129,25 +130,6 @@ def memory(pid: int) -> dict[str, float]:
         kilobytes = int(text.split("\nPss:")[1].split()[0])
         sizes[f"memory of {name_of(child)}, MiB"] = kilobytes / 1024
     return sizes
-
-
-def family(pid: int) -> Iterator[int]:
-    """Yield *pid* and its descendants."""
-    yield pid
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        for child in (task / "children").read_text(encoding="ascii").split():
-            yield from family(int(child))
-
-
-def name_of(pid: int) -> str:
-    """Return what a process is, from its command line."""
-    words = Path(f"/proc/{pid}/cmdline").read_text(encoding="utf-8").split("\0")
-    title = words[0].strip()
-    if title.startswith("neuron"):
-        return title
-    if "resource_tracker" in " ".join(words):
-        return "multiprocessing's resource tracker"
-    return "neuron supervisor" if "cortex.runtime" in words else "gateway"
 
 
 def cpu_name() -> str:

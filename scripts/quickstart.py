@@ -125,10 +125,10 @@ def die_with_parent() -> Callable[[], None]:
 class Stack:
     """``cortex up``, in a session of its own: Ctrl-C reaches this process only, which stops it."""
 
-    def __init__(self, addresses: dict[str, Address]) -> None:
+    def __init__(self, addresses: dict[str, Address], *options: str) -> None:
         self.gateway = addresses["--listen"].reachable
         self.neuron = addresses["--neuron-listen"].reachable
-        command = [str(VENV / "bin" / "cortex"), "up", "--model", MODEL]
+        command = [str(VENV / "bin" / "cortex"), "up", "--model", MODEL, *options]
         for option, place in addresses.items():
             command += [option, str(place)]
         LOGS.mkdir(exist_ok=True)

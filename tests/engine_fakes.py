@@ -7,6 +7,7 @@ changes what it says. ``next_token`` is the same arithmetic on a plain list.
 
 from __future__ import annotations
 
+import math
 import select
 import threading
 from collections import deque
@@ -18,8 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from cortex.ipc.errors import ProtocolError
+from cortex.ipc.heartbeat import Activity
 from cortex.ipc.messages import (
     Command,
+    Embed,
     Event,
     Failed,
     Generate,
@@ -31,6 +34,7 @@ from cortex.ipc.messages import (
 from cortex.ipc.ring import Flag, TokenConsumer, TokenProducer, TokenRecord, TokenRing
 from cortex.ipc.taps import Tap
 from cortex.models.batch import Batch, KVCache
+from cortex.models.checkpoints.pooling import Pooling
 from cortex.runtime.device.cuda import measured_free_bytes
 from cortex.runtime.device.device import Device
 from cortex.runtime.device.loader import Loader
@@ -38,6 +42,7 @@ from cortex.runtime.device.memory import DeviceMemory
 from cortex.runtime.device.model_runner import ServableModel
 
 VOCABULARY = 97
+HIDDEN = 3
 UNHEALTHY_TOKEN = 96
 """A prompt that ends with it gets NaN for logits."""
 
@@ -55,6 +60,22 @@ def answer(prompt: list[int], tokens: int) -> list[int]:
     return known[len(prompt) :]
 
 
+def state(said: int | None) -> list[float]:
+    """Return the hidden state of a token after which the module says *said*."""
+    if said is None:
+        return [math.nan] * HIDDEN
+    return [1.0 + said, 0.1 * said, 1 / (1 + said)]
+
+
+def vector(prompt: list[int], pooling: Pooling) -> list[float]:
+    """Return the embedding of *prompt*, in float64."""
+    states = [state(next_token(prompt[: at + 1])) for at in range(len(prompt))]
+    pooled = (
+        states[-1] if pooling == "last" else [sum(column) for column in zip(*states, strict=True)]
+    )
+    return [number / math.hypot(*pooled) for number in pooled]
+
+
 def greedy(max_tokens: int, stop_token_ids: tuple[int, ...] = ()) -> SamplingParams:
     return SamplingParams(0.0, max_tokens, 0, stop_token_ids=stop_token_ids)
 
@@ -68,26 +89,41 @@ class RecallingModule(nn.Module):
         self.steps = 0
 
     def forward(self, batch: Batch) -> Tensor:
+        self._write(batch)
+        return torch.stack([self._row(batch, index) for index in batch.sampled.tolist()])
+
+    def hidden(self, batch: Batch) -> Tensor:
+        """Return for every token a state [HIDDEN] that tells what is before it in the cache."""
+        self._write(batch)
+        said = [self._said(batch, index) for index in range(len(batch.token_ids))]
+        return torch.tensor([state(token) for token in said], device=batch.slots.device)
+
+    def _write(self, batch: Batch) -> None:
         self.steps += 1
         if self.errors:
             raise self.errors.pop(0)
         keys, values = batch.cache.keys[0].view(-1), batch.cache.values[0].view(-1)
         keys[batch.slots] = batch.token_ids.float()
         values[batch.slots] = batch.positions.float()
-        return torch.stack([self._row(batch, index) for index in batch.sampled.tolist()])
 
     def _row(self, batch: Batch, index: int) -> Tensor:
+        said = self._said(batch, index)
+        if said is None:
+            return torch.full((VOCABULARY,), torch.nan, device=batch.slots.device)
+        ids = torch.arange(VOCABULARY, device=batch.slots.device)
+        return -((ids - said) % VOCABULARY).float() * 0.1
+
+    def _said(self, batch: Batch, index: int) -> int | None:
+        """Return what comes after a token of the batch; None where it is UNHEALTHY_TOKEN."""
         sequence = int((batch.query_starts <= index).sum()) - 1
         block_tokens = batch.cache.block_tokens
-        at = torch.arange(int(batch.context_tokens[sequence]), device=batch.slots.device)
+        at = torch.arange(int(batch.positions[index]) + 1, device=batch.slots.device)
         slots = batch.block_tables[sequence, at // block_tokens] * block_tokens + at % block_tokens
         tokens = batch.cache.keys[0].view(-1)[slots].long()
         positions = batch.cache.values[0].view(-1)[slots].long()
         if int(tokens[-1]) == UNHEALTHY_TOKEN:
-            return torch.full((VOCABULARY,), torch.nan, device=tokens.device)
-        said = int(((tokens + 1) * (positions + 1)).sum()) % UNHEALTHY_TOKEN
-        ids = torch.arange(VOCABULARY, device=tokens.device)
-        return -((ids - said) % VOCABULARY).float() * 0.1
+            return None
+        return int(((tokens + 1) * (positions + 1)).sum()) % UNHEALTHY_TOKEN
 
 
 @dataclass
@@ -108,6 +144,10 @@ class FakeModel:
         shape = (blocks, block_tokens, 1, 1)
         keys, values = (torch.full(shape, -1.0, device=self.device) for _ in range(2))
         return KVCache(keys=[keys], values=[values], block_tokens=block_tokens)
+
+    def recorded(self, cache: KVCache) -> Callable[[Batch], Tensor]:
+        del cache
+        return self.module
 
 
 class FakeLoad:
@@ -188,7 +228,11 @@ class DeviceBench:
         self.channel = FakeChannel(self.ring)
         self.consumer = TokenConsumer(self.ring)
         self.memory = DeviceMemory(memory_bytes, lambda: measured_free_bytes(place))
-        self.loader = Loader(load, place, self.memory, token_budget=token_budget)
+        self.beats: list[Activity] = []
+        self.loader_beats: list[Activity] = []
+        self.loader = Loader(
+            load, place, self.memory, token_budget=token_budget, beat=self.loader_beats.append
+        )
         self.device = Device(
             place,
             channel=self.channel,
@@ -196,6 +240,7 @@ class DeviceBench:
             loader=self.loader,
             memory=self.memory,
             tap=tap or Tap(None, device),
+            beat=self.beats.append,
         )
         self.records: list[TokenRecord] = []
         self._last_command_id = 0
@@ -217,8 +262,8 @@ class DeviceBench:
     def ask(self, command: Command) -> Event:
         """Send *command*, run until it is answered, and return the answer."""
         self.send(command)
-        self.run_until(lambda: bool(self._answers(command.command_id)))
-        return self._answers(command.command_id)[0]
+        self.run_until(lambda: bool(self.answers(command.command_id)))
+        return self.answers(command.command_id)[0]
 
     def load(self, model: str, **limits: int | None) -> Event:
         """Load *model* and return the answer."""
@@ -234,6 +279,21 @@ class DeviceBench:
     ) -> None:
         sampling = sampling or greedy(8)
         self.send(Generate(self.command_id(), sequence_id, model, prompt, sampling))
+
+    def embed(self, prompt: list[int], *, model: str = "m") -> int:
+        """Ask for the mean of *prompt*; return the command's number."""
+        command_id = self.command_id()
+        self.send(Embed(command_id, model, prompt, "mean"))
+        return command_id
+
+    def answers(self, command_id: int) -> list[Event]:
+        """Return what has answered a command so far."""
+        return [
+            event
+            for event in self.channel.events
+            if getattr(event, "command_id", None) == command_id
+            and not isinstance(event, LoadProgress)
+        ]
 
     def turn(self) -> None:
         self.device.turn()
@@ -272,14 +332,6 @@ class DeviceBench:
             for event in self.channel.events
             if isinstance(event, Failed) and event.sequence_id is not None
         }
-
-    def _answers(self, command_id: int) -> list[Event]:
-        return [
-            event
-            for event in self.channel.events
-            if getattr(event, "command_id", None) == command_id
-            and not isinstance(event, LoadProgress)
-        ]
 
 
 def loaded(event: Event) -> ModelLoaded:

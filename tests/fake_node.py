@@ -9,28 +9,35 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
-from collections.abc import AsyncIterator, Sequence
+from array import array
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Literal, Self
 
 from aiohttp import ClientResponse
 from aiohttp.test_utils import TestClient, TestServer
 from aiohttp.web import Application, Request
+from aiohttp.web_runner import BaseRunner
 
 from cortex.ipc.errors import ApiError, ModelLoading, Recovering
-from cortex.ipc.messages import Footprint, Hello, SamplingParams
+from cortex.ipc.messages import Footprint, Hello, ReasoningBudget, SamplingParams
 from cortex.ipc.node_api import DeviceState, LoadRequest, ModelStatus, Progress, Servable
 from cortex.ipc.ring import Flag, TokenRecord
 from cortex.ipc.taps import SUPERVISOR, Tap
+from cortex.runtime.access import Access
 from cortex.runtime.activation import Activation
-from cortex.runtime.app import build_app, build_services
+from cortex.runtime.app import build_app, build_runner, build_services
+from cortex.runtime.chat import Chat
 from cortex.runtime.chat_template import ChatTemplate
 from cortex.runtime.config import CacheConfig, DeviceSpec, NeuronConfig
+from cortex.runtime.conversation import ChatPrompt, Conversation, ReasoningWish
 from cortex.runtime.discovery import Gpu, Inventory, Reading
 from cortex.runtime.inference import Timing
+from cortex.runtime.pieces import PlainReader, Reader
 from cortex.runtime.readings import Readings
 from cortex.runtime.served_model import Limits, not_loaded
 from cortex.runtime.text import GenerationDefaults, TextSide
@@ -54,9 +61,10 @@ def tiny_text() -> TextSide:
     stop = backend.token_to_id("<|im_end|>")
     assert stop is not None, "it is one of the tiny tokenizer's special tokens"
     specials = {"eos_token": "<|im_end|>"}
+    tokenizer = Tokenizer(backend, specials)
     return TextSide(
-        tokenizer=Tokenizer(backend, specials),
-        template=ChatTemplate(CHATML, specials),
+        tokenizer=tokenizer,
+        chat=Chat(tokenizer, ChatTemplate(CHATML, specials)),
         generation=GenerationDefaults(),
         stop_token_ids=(stop,),
         vocab_size=backend.get_vocab_size(),
@@ -80,6 +88,34 @@ def record(token_id: int, flags: Flag = Flag.TOKEN) -> TokenRecord:
     return TokenRecord(1, token_id, float("nan"), int(flags))
 
 
+class FakeText:
+    """``tiny_text`` with a reader of the test's choice; it notes what it was asked for."""
+
+    def __init__(
+        self,
+        reader: Callable[[], Reader] = PlainReader,
+        *,
+        reasons: bool = False,
+        budget: ReasoningBudget | None = None,
+        **changes: Any,
+    ) -> None:
+        self.side = dataclasses.replace(tiny_text(), **changes)
+        self.reader = reader
+        self.reasons = reasons
+        self.budget = budget
+        self.conversations: list[Conversation] = []
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.side, name)
+
+    def chat_prompt(self, conversation: Conversation) -> ChatPrompt:
+        """Render as the real one, without tools; read the answer as the test wants."""
+        self.conversations.append(conversation)
+        plain = dataclasses.replace(conversation, tools=(), reasoning=ReasoningWish())
+        prompt = self.side.chat_prompt(plain)
+        return dataclasses.replace(prompt, reader=self.reader, reasoning_budget=self.budget)
+
+
 @dataclass
 class FakeDevice:
     """A device at rest."""
@@ -87,6 +123,8 @@ class FakeDevice:
     spec: DeviceSpec
     state: DeviceState = "ready"
     cycles: int = 0
+    losses: dict[str, int] = field(default_factory=dict)
+    failure: str | None = None
     pid: int | None = None
     hello: Hello | None = None
 
@@ -104,7 +142,8 @@ class FakeModel:
         default_factory=lambda: Footprint(93 * MIB, 40 * MIB, 5 * MIB)
     )
     limits: Limits | None = field(default_factory=lambda: Limits(512, 8, 1024))
-    text: TextSide | None = field(default_factory=tiny_text)
+    text: Any = field(default_factory=tiny_text)
+    """A TextView; or a fake of one."""
 
     @property
     def id(self) -> str:
@@ -127,15 +166,17 @@ class FakeModel:
 
 
 class FakeGeneration:
-    """Plays a script; ``cancelled`` is set once its context was left before the script's end."""
+    """Plays a script; ``cancelled`` is set once it was cancelled before the script's end."""
 
     def __init__(self, script: Sequence[Step]) -> None:
         self.cancelled = asyncio.Event()
+        self.was_left = False
         self._script = list(script)
 
     def cancel(self) -> None:
-        """Note it."""
-        self.cancelled.set()
+        """Note it, unless it has ended."""
+        if self._script:
+            self.cancelled.set()
 
     def __aiter__(self) -> Self:
         return self
@@ -161,17 +202,26 @@ class FakeGeneration:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        if self._script:
-            self.cancel()
+        self.was_left = True
+        self.cancel()
 
 
 class FakeNode:
-    """What the routes see of a supervisor."""
+    """What the routes see of a supervisor.
+
+    ``scripts`` are the sequences' in turn; behind them, or without any, each plays ``script``.
+    ``vectors`` are what embeddings get, by the first token of the input; one that is an exception
+    is raised, one that is an event is waited for.
+    """
 
     def __init__(self, *model_ids: str) -> None:
         self.devices = [FakeDevice(DeviceSpec(0, "cpu:0", 1024 * MIB, 2))]
         self.models: dict[str, FakeModel] = {}
         self.script: Sequence[Step] = says("Paris.")
+        self.scripts: list[Sequence[Step]] = []
+        self.vectors: dict[int, list[float] | Exception | asyncio.Event] = {}
+        self.embedding: list[list[int]] = []
+        self.embedded: list[tuple[str, list[int], str]] = []
         self.generations: list[FakeGeneration] = []
         self.asked: list[tuple[str, list[int], SamplingParams]] = []
         self.acts: list[tuple[str, Any]] = []
@@ -213,10 +263,28 @@ class FakeNode:
         if self.refusal is not None:
             raise self.refusal
         self.asked.append((model_id, prompt_token_ids, sampling))
-        generation = FakeGeneration(self.script)
+        generation = FakeGeneration(self.scripts.pop(0) if self.scripts else self.script)
         self.generations.append(generation)
         self.started.set()
         return generation
+
+    async def embed(
+        self, model_id: str, token_ids: list[int], pooling: Literal["last", "mean"]
+    ) -> bytes:
+        """Return the vector that the test wants; ``embedding`` are those under way."""
+        self.embedded.append((model_id, token_ids, pooling))
+        self.embedding.append(token_ids)
+        self.started.set()
+        try:
+            vector = self.vectors.get(token_ids[0], [0.6, 0.8])
+            if isinstance(vector, Exception):
+                raise vector
+            if isinstance(vector, asyncio.Event):
+                await vector.wait()
+                vector = [0.6, 0.8]
+            return array("f", vector).tobytes()
+        finally:
+            self.embedding.remove(token_ids)
 
     async def drain(self, timeout_seconds: float) -> None:
         """Note it."""
@@ -265,6 +333,7 @@ def application(
         build_services(
             config,
             node,
+            access=Access.of(config),
             inventory=inventory,
             readings=Readings(probe, inventory, node.devices),
             activation=activation or Activation([]),
@@ -279,9 +348,17 @@ def application(
 async def serving(
     node: FakeNode, **options: Any
 ) -> AsyncIterator[TestClient[Request, Application]]:
-    """Serve *node*; the server cancels the handlers of clients that leave, as the real one."""
-    async with TestClient(TestServer(application(node, **options))) as client:
+    """Serve *node* as the neuron does."""
+    async with TestClient(Served(application(node, **options))) as client:
         yield client
+
+
+class Served(TestServer):
+    """aiohttp's server for tests, with the neuron's runner."""
+
+    async def _make_runner(self, **kwargs: Any) -> BaseRunner:
+        del kwargs
+        return build_runner(self.app, shutdown_timeout=5.0)
 
 
 @contextlib.asynccontextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import ssl
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Self
@@ -12,7 +13,7 @@ from aiohttp import web
 from aiohttp.typedefs import Handler
 
 from cortex.gateway.config import GatewayConfig, Listening, Neuron, Timeouts
-from cortex.ipc.errors import ApiError
+from cortex.ipc.errors import ApiError, InvalidApiKey
 from cortex.ipc.node_api import (
     Activation,
     DeviceHealth,
@@ -98,13 +99,23 @@ class FakeNeuron:
 
     Control: ``may_load`` is a gate for loads, ``refuses_load`` and ``fails_load`` make them go
     wrong, ``is_out_of_order`` breaks every control connection, ``may_poll`` is a gate for polls.
+
+    With a ``key`` whoever has another one is refused; with an ``ssl_context`` it speaks TLS.
     """
 
     failure = "the device process has died"
 
-    def __init__(self, models: Sequence[str] = (), name: str = "a", port: int = 0) -> None:
+    def __init__(
+        self,
+        models: Sequence[str] = (),
+        name: str = "a",
+        port: int = 0,
+        ssl_context: ssl.SSLContext | None = None,
+    ) -> None:
         self.name = name
+        self.key: str | None = None
         self._port = port
+        self._ssl_context = ssl_context
         self.models = {model: FakeModel(model) for model in models}
         self.tokens = ["Hello", " world"]
         self.prompt_tokens = 7
@@ -135,7 +146,8 @@ class FakeNeuron:
         self.url = ""
 
     def _app(self) -> web.Application:
-        app = web.Application(client_max_size=64 * 2**20, middlewares=[_errors_as_json])
+        middlewares = [_errors_as_json, self._admit]
+        app = web.Application(client_max_size=64 * 2**20, middlewares=middlewares)
         app.add_routes(
             [
                 web.get("/health", self._health),
@@ -145,15 +157,18 @@ class FakeNeuron:
                 web.post("/tokenize", self._tokenize),
                 web.post("/v1/chat/completions", self._infer),
                 web.post("/v1/completions", self._infer),
+                web.post("/v1/embeddings", self._infer),
             ]
         )
         return app
 
     async def __aenter__(self) -> Self:
         await self._runner.setup()
-        site = web.TCPSite(self._runner, "127.0.0.1", self._port)
+        context = self._ssl_context
+        site = web.TCPSite(self._runner, "127.0.0.1", self._port, ssl_context=context)
         await site.start()
-        self.url = f"http://127.0.0.1:{self._runner.addresses[0][1]}"
+        scheme = "https" if context else "http"
+        self.url = f"{scheme}://127.0.0.1:{self._runner.addresses[0][1]}"
         return self
 
     async def __aexit__(self, *_: object) -> None:
@@ -168,6 +183,12 @@ class FakeNeuron:
     def requests(self, path: str) -> list[Received]:
         """Return what came to *path*."""
         return [request for request in self.received if request.path == path]
+
+    @web.middleware
+    async def _admit(self, request: web.Request, handler: Handler) -> web.StreamResponse:
+        if self.key and request.headers.get("Authorization") != f"Bearer {self.key}":
+            raise InvalidApiKey("a key of this node is needed")
+        return await handler(request)
 
     async def _note(self, request: web.Request) -> dict[str, Any]:
         body = decode_object(await request.read())
@@ -292,6 +313,10 @@ class FakeNeuron:
         )
 
     def _whole(self, body: dict[str, Any], path: str) -> dict[str, Any]:
+        if path == "/v1/embeddings":
+            vector = {"object": "embedding", "index": 0, "embedding": [0.6, 0.8]}
+            cost = {"prompt_tokens": self.prompt_tokens, "total_tokens": self.prompt_tokens}
+            return {"object": "list", "model": body["model"], "data": [vector], "usage": cost}
         text = "".join(self.tokens)
         choice: dict[str, Any] = {
             "index": 0,

@@ -12,6 +12,7 @@ import os
 import time
 
 from cortex.ipc.channel import DeviceEnd
+from cortex.ipc.heartbeat import Activity, HeartbeatPage, HeartbeatWriter
 from cortex.ipc.messages import (
     PROTOCOL_VERSION,
     Bye,
@@ -37,19 +38,23 @@ def main(
     threads: int | None,
     address: str,
     ring: TokenRing,
+    heartbeat: HeartbeatPage,
     tap_directory: str | None,
     log_level: str,
+    test_faults: str,
     preloaded: bool,
     server_threads: int,
 ) -> None:
     """Be a device process, with the arguments of a real one."""
-    producer = TokenProducer(ring)
+    producer, beats = TokenProducer(ring), HeartbeatWriter(heartbeat)
     with DeviceEnd(address) as channel:
         channel.send(
             Hello(PROTOCOL_VERSION, device_name, os.getpid(), preloaded, server_threads, "none")
         )
         while True:
+            beats.main(Activity.IDLE)
             channel.wait(None)
+            beats.main(Activity.STEPPING)
             command = channel.receive_waiting()
             if isinstance(command, Shutdown):
                 channel.send(Bye(command.command_id))

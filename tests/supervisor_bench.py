@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Awaitable
 from functools import partial
-from pathlib import Path
 
 from cortex.ipc.errors import ApiError
 from cortex.ipc.messages import SamplingParams
@@ -27,9 +27,10 @@ class Neuron:
         self.lives = FakeDevices()
         self.files = FakeModelFiles()
         self.clock = FakeClock()
+        self.under_way: list[asyncio.Future[object]] = []
+        """What a test has begun and will wait for in the end."""
         self.supervisor = Supervisor(
             [DeviceSpec(index, f"cpu:{index}", 1024 * MIB, 1) for index in range(devices)],
-            cache_directory=Path("/nowhere"),
             taps=Tap(None, "supervisor"),
             clock=self.clock,
             begin_life=self.lives.begin,

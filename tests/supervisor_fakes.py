@@ -12,6 +12,7 @@ import asyncio
 import itertools
 import math
 import time
+from array import array
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -23,6 +24,8 @@ from cortex.ipc.messages import (
     Bye,
     Cancel,
     Command,
+    Embed,
+    Embedded,
     Event,
     Failed,
     Footprint,
@@ -44,10 +47,12 @@ from cortex.ipc.ring import Flag, TokenRecord
 from cortex.runtime import preflight
 from cortex.runtime.config import DeviceSpec
 from cortex.runtime.device_conversation import Conversation, Progress
-from cortex.runtime.device_life import OnGone, OnHello
+from cortex.runtime.device_life import End, OnGone, OnHello
+from cortex.runtime.device_state import Cause
 from cortex.runtime.text import TextSide
 
 MIB = 2**20
+VECTOR = array("f", [0.6, 0.8]).tobytes()
 FOOTPRINT = Footprint(weights_bytes=90 * MIB, kv_bytes=9 * MIB, workspace_bytes=MIB)
 
 
@@ -69,9 +74,11 @@ def records(
     ]
 
 
-async def eventually(condition: Callable[[], object], what: str) -> None:
-    """Return once *condition* holds; fail naming *what* after ten seconds."""
-    end = time.monotonic() + 10.0
+async def eventually(
+    condition: Callable[[], object], what: str, within_seconds: float = 10.0
+) -> None:
+    """Return once *condition* holds; fail naming *what* after that time."""
+    end = time.monotonic() + within_seconds
     while not condition():
         assert time.monotonic() < end, f"waited in vain for {what}"
         await asyncio.sleep(0.002)
@@ -90,8 +97,8 @@ class FakeClock:
 class FakeDeviceProcess:
     """One life: answers every command as a good device process would, but those of *silent_on*.
 
-    A Generate gets the script's tokens and a STOP. What it does not do by itself, the test does:
-    ``says``, ``writes``, ``dies``.
+    A Generate gets the script's tokens and a STOP, an Embed VECTOR. What it does not do by itself,
+    the test does: ``says``, ``writes``, ``dies``.
     """
 
     def __init__(self, devices: FakeDevices, spec: DeviceSpec, ids: itertools.count[int]) -> None:
@@ -102,8 +109,9 @@ class FakeDeviceProcess:
         self._spec = spec
         self._end = asyncio.Event()
         self._reason = ""
+        self._cause = Cause.DIED
 
-    async def run(self, on_hello: OnHello, on_gone: OnGone) -> str:
+    async def run(self, on_hello: OnHello, on_gone: OnGone) -> End:
         if self._devices.starts:
             on_hello(hello(self._spec.name, self.pid or 0))
         else:
@@ -111,9 +119,11 @@ class FakeDeviceProcess:
         await self._end.wait()
         on_gone()
         self.conversation.end(NodeFailed(self._reason))
-        return self._reason
+        return End(self._cause, self._reason)
 
-    def kill(self, reason: str) -> None:
+    def kill(self, cause: Cause, reason: str) -> None:
+        if not self._end.is_set():
+            self._cause = cause
         self.dies(reason)
 
     def dies(self, reason: str = "it was killed by SIGKILL") -> None:
@@ -145,6 +155,10 @@ class FakeDeviceProcess:
                 self.says(ModelUnloaded(command.command_id, command.model))
             case Generate():
                 self.writes(command.sequence_id, self._devices.tokens, Flag.STOP)
+            case Embed():
+                self.says(Embedded(command.command_id, VECTOR))
+            case Cancel(sequence_id=int(number)) if number in self.conversation.vectors:
+                self.says(Failed("cancelled", "the embedding was cancelled", number))
             case Cancel():
                 self.conversation.receive(
                     [TokenRecord(command.sequence_id, 0, math.nan, Flag.CANCELLED)]
@@ -193,6 +207,14 @@ class FakeModelFiles:
     def __init__(self) -> None:
         self.may_fetch = asyncio.Event()
         self.may_fetch.set()
+        self.may_examine = asyncio.Event()
+        self.may_examine.set()
+        self.examined: list[tuple[str, int]] = []
+        self.verdict: Exception | None = None
+        """What their headers say."""
+        self.estimate_bytes: int | None = None
+        self.measured: list[Footprint | None] = []
+        """What each examined model was said to have held before."""
         self.fetching: list[str] = []
         self.stopped: list[str] = []
         self.read_with: dict[str, int] = {}
@@ -202,6 +224,16 @@ class FakeModelFiles:
 
     def refuse(self, request: LoadRequest) -> None:
         preflight.check_request(request)
+
+    async def examine(
+        self, request: LoadRequest, free_bytes: int, measured: Footprint | None = None
+    ) -> int | None:
+        self.examined.append((request.model_id, free_bytes))
+        self.measured.append(measured)
+        await self.may_examine.wait()
+        if self.verdict is not None:
+            raise self.verdict
+        return self.estimate_bytes
 
     async def fetch(self, request: LoadRequest, progress: Progress) -> Path:
         self.fetching.append(request.model_id)
@@ -213,8 +245,15 @@ class FakeModelFiles:
             raise
         return Path("/models") / request.model_id
 
-    async def read(self, path: Path, request: LoadRequest, free_bytes: int) -> TextSide:
+    async def read(
+        self,
+        path: Path,
+        request: LoadRequest,
+        free_bytes: int,
+        measured: Footprint | None = None,
+    ) -> TextSide:
         self.read_with[request.model_id] = free_bytes
+        self.measured.append(measured)
         if self.error is not None:
             raise self.error
         return cast("TextSide", SimpleNamespace(path=path))  # the supervisor only keeps it

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 from cortex.runtime import fork_server
+from supervisor_fakes import FakeModelFiles
 
 
 async def report(began: float) -> dict[str, object]:
@@ -23,7 +24,7 @@ async def report(began: float) -> dict[str, object]:
 
     supervisor = Supervisor(
         [DeviceSpec(0, "cpu:0", 2**30, 1)],
-        cache_directory=Path("/nowhere"),
+        files=FakeModelFiles(),
         taps=Tap(None, "supervisor"),
     )
     async with supervisor:

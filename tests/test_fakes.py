@@ -6,7 +6,12 @@ import pytest
 
 from cortex.ipc.errors import Overloaded
 from cortex.ipc.node_api import Health, ModelInfo
-from cortex.ipc.openai import ChatCompletion, ChatCompletionChunk, Completion
+from cortex.ipc.openai_answers import (
+    ChatCompletion,
+    ChatCompletionChunk,
+    Completion,
+    EmbeddingList,
+)
 from fakes import FakeNeuron, until
 
 CHAT = "/v1/chat/completions"
@@ -43,7 +48,9 @@ async def test_its_chunks_are_in_the_contract(neuron: FakeNeuron) -> None:
 async def test_its_answers_are_in_the_contract(neuron: FakeNeuron) -> None:
     _, chat = await post(neuron, CHAT)
     _, text = await post(neuron, "/v1/completions")
+    _, vectors = await post(neuron, "/v1/embeddings")
 
+    assert msgspec.json.decode(vectors, type=EmbeddingList).data[0].embedding == [0.6, 0.8]
     assert msgspec.json.decode(chat, type=ChatCompletion).choices[0].message.content
     assert msgspec.json.decode(text, type=Completion).choices[0].text == "Hello world"
 

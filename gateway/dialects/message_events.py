@@ -5,6 +5,7 @@
     keep-alive comment            ping
     first text                    content_block_start, content_block_delta
     more text                     content_block_delta
+    reasoning, a part of a call   ping: this version of the dialect has no blocks for them
     finish, usage comment         -
     [DONE]                        content_block_stop, message_delta (stop_reason, usage),
                                   message_stop
@@ -128,13 +129,14 @@ class MessageEvents:
     def _take(self, choice: dict[str, Any]) -> bytes:
         if choice.get("finish_reason"):
             self._choice = choice
-        text = (choice.get("delta") or {}).get("content")
+        delta = choice.get("delta") or {}
+        text = delta.get("content")
         if not text:
-            return b""
+            return PING if delta.get("reasoning_content") or delta.get("tool_calls") else b""
         said = b"" if self._has_text else _block_start()
         self._has_text = True
-        delta = {"type": "text_delta", "text": text}
-        data = {"type": "content_block_delta", "index": 0, "delta": delta}
+        added = {"type": "text_delta", "text": text}
+        data = {"type": "content_block_delta", "index": 0, "delta": added}
         return said + sse.event(data, "content_block_delta")
 
     def _end(self) -> bytes:

@@ -13,6 +13,8 @@ import torch
 
 from cortex.runtime.device.refusal import DeviceLost
 
+_M_ARENA_MAX = -8
+
 
 def torch_device(name: str) -> torch.device:
     """Return torch's device for ``cpu:1`` or ``cuda:0``."""
@@ -50,6 +52,16 @@ def wait_for_stream(device: torch.device) -> None:
     """
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
+
+
+def share_one_heap() -> None:
+    """Have all threads allocate from one heap; call it before there are any.
+
+    glibc gives each thread a heap of its own and never trims the top of any but the first, so up to
+    64 MB of what the loader thread had allocated stayed after an unload, now and then.
+    """
+    with contextlib.suppress(AttributeError):  # a C library other than glibc
+        ctypes.CDLL(None).mallopt(_M_ARENA_MAX, 1)
 
 
 def reclaim(device: torch.device) -> None:

@@ -2,16 +2,18 @@
 
 One thread does it all, in turns: take every command that waits, install what the loader finished,
 let the next model that has work (round robin) make one step, publish its records with one write
-and send its failures after them. So a command takes effect between two steps, and a load, which
+and send its events after them. So a command takes effect between two steps, and a load, which
 has a thread of its own, never holds one up. With nothing to do it sleeps in the channel.
 
 A full ring holds the steps back. It is waited for in slices of 0.1 s, between which commands are
 still read (and kept for later), so that a Shutdown gets through: what the ring cannot take is then
 dropped.
 
-A frame that is not a command is answered with Failed(protocol_error) and otherwise ignored: Hello
-has settled that both speak one version, so it is a bug in one message, and the streams of others
-are worth more than the purity of the channel.
+A frame that is not a command is answered with Failed(protocol_error). It may have been a request
+that somebody waits for, so the supervisor ends this life: everything that is open is answered then.
+
+Before each of these things the thread beats (``cortex.ipc.heartbeat``), so that one that hangs in
+any of them is noticed and killed.
 """
 
 from __future__ import annotations
@@ -25,10 +27,12 @@ import structlog
 import torch
 
 from cortex.ipc.errors import ProtocolError
+from cortex.ipc.heartbeat import Activity
 from cortex.ipc.messages import (
     Bye,
     Cancel,
     Command,
+    Embed,
     Event,
     Failed,
     Generate,
@@ -93,6 +97,7 @@ class Device:
         loader: Loader,
         memory: DeviceMemory,
         tap: Tap,
+        beat: Callable[[Activity], None] = lambda _: None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
         self._device = device
@@ -101,6 +106,7 @@ class Device:
         self._loader = loader
         self._memory = memory
         self._tap = tap
+        self._beat = beat
         self._clock = clock
         self._engines: dict[str, Engine] = {}
         self._turns: deque[Engine] = deque()
@@ -111,6 +117,7 @@ class Device:
 
     def serve(self) -> int:
         """Work until Shutdown, or until the device is lost; return the exit code."""
+        self._beat(Activity.STEPPING)
         try:
             open_device(self._device)
             while not self._is_stopping:
@@ -122,15 +129,18 @@ class Device:
 
     def turn(self) -> None:
         """Obey what waits, make at most one step, report it; sleep if there is nothing to do."""
+        self._beat(Activity.STEPPING)
         self._read_commands()
         while self._commands and not self._is_stopping:
             self._obey(self._commands.popleft())
+            self._beat(Activity.STEPPING)
         self._install_loaded()
         self._publish()
         engine = self._next_engine()
         if engine is not None:
             self._step(engine)
         elif not (self._commands or self._is_stopping):
+            self._beat(Activity.IDLE)
             self._channel.wait(None, self._loader.fd)
 
     def _give_up(self, error: Exception) -> int:
@@ -170,7 +180,9 @@ class Device:
             case UnloadModel():
                 self._unload(command)
             case Generate():
-                self._generate(command)
+                self._start(command, command.sequence_id)
+            case Embed():
+                self._start(command, command.command_id)
             case Cancel():
                 self._cancel(command.sequence_id)
             case Shutdown():
@@ -189,7 +201,7 @@ class Device:
         if command.model in self._loading:
             raise Refused("model_loading", f"{command.model} is still being loaded")
         engine = self._engine(command.model)
-        self._records += engine.cancel_all()
+        self._say(engine.cancel_all())
         self._publish()
         wait_for_stream(self._device)
         self._turns.remove(engine)
@@ -198,19 +210,26 @@ class Device:
         self._memory.release(command.model)
         self._channel.send(ModelUnloaded(command.command_id, command.model))
 
-    def _generate(self, command: Generate) -> None:
-        if any(command.sequence_id in engine for engine in self._turns):
-            raise Refused("duplicate_sequence", f"sequence {command.sequence_id} is running")
+    def _start(self, command: Generate | Embed, sequence_id: int) -> None:
+        if any(sequence_id in engine for engine in self._turns):
+            raise Refused("duplicate_sequence", f"sequence {sequence_id} is running")
         self._engine(command.model).start(command)
 
     def _cancel(self, sequence_id: int) -> None:
         for engine in self._turns:
-            self._records += engine.cancel(sequence_id)
+            self._say(engine.cancel(sequence_id))
+
+    def _say(self, last_words: list[TokenRecord | Failed]) -> None:
+        for word in last_words:
+            if isinstance(word, Failed):
+                self._channel.send(word)
+            else:
+                self._records.append(word)
 
     def _shut_down(self, command: Shutdown) -> None:
         self._is_stopping = True
         for engine in self._turns:
-            self._records += engine.cancel_all()
+            self._say(engine.cancel_all())
         self._publish()
         wait_for_stream(self._device)
         self._engines.clear()
@@ -262,11 +281,12 @@ class Device:
 
     def _step(self, engine: Engine) -> None:
         began = self._clock()
+        self._beat(Activity.STEPPING)
         report = engine.step()
         self._records += report.records
         self._publish()
-        for failure in report.failures:
-            self._channel.send(failure)
+        for event in report.events:
+            self._channel.send(event)
         if self._tap.wants("step"):
             self._tap.publish("step", _as_seen(engine.model, report, self._clock() - began))
 
@@ -277,6 +297,7 @@ class Device:
             try:
                 self._producer.publish(records, RING_WAIT_SECONDS)
             except RingFull as full:
+                self._beat(Activity.BLOCKED)
                 records = records[full.published :]
                 self._read_commands()
                 if self._is_stopping or any(isinstance(c, Shutdown) for c in self._commands):

@@ -5,6 +5,8 @@
     fd becomes readable    ◄─ eventfd ─    allocate the cache, book the memory
     take() -> outcomes     ◄─ queue ───    LoadProgress..., then Loaded, LoadFailed or DeviceLost
 
+It beats for itself, once per tensor: a load may take minutes, but not in silence.
+
 ZeroMQ sockets belong to one thread, so the events travel as objects and the main thread sends them.
 The thread is a daemon: a load that is running when the process ends is not waited for.
 """
@@ -24,6 +26,7 @@ import structlog
 import torch
 
 from cortex.ipc.descriptors import wake_up
+from cortex.ipc.heartbeat import Activity
 from cortex.ipc.messages import Failed, Footprint, LoadModel, LoadProgress, ModelLoaded
 from cortex.models.checkpoints.errors import CheckpointError
 from cortex.runtime.device.cuda import open_device, reclaim, side_stream, wait_for_stream
@@ -94,12 +97,14 @@ class Loader:
         memory: DeviceMemory,
         *,
         token_budget: int,
+        beat: Callable[[Activity], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._load_model = load_model
         self._device = device
         self._memory = memory
         self._token_budget = token_budget
+        self._beat = beat
         self._clock = clock
         self._commands: queue.SimpleQueue[LoadModel | None] = queue.SimpleQueue()
         self._outcomes: queue.SimpleQueue[Outcome] = queue.SimpleQueue()
@@ -134,7 +139,9 @@ class Loader:
 
     def _run(self) -> None:
         while (command := self._commands.get()) is not None:
+            self._beat(Activity.LOADING)
             self._outcomes.put(self._outcome(command))
+            self._beat(Activity.IDLE)
             # Nothing here refers to the model any more: an unload right away frees all of it.
             self._wake()
         self._wake_up.close()
@@ -168,14 +175,22 @@ class Loader:
 
     def _load(self, command: LoadModel) -> Loaded:
         began = self._clock()
+        progress = _Progress(command, self._clock, self._memory, self._report)
+
+        def on_progress(bytes_done: int, bytes_total: int) -> None:
+            self._beat(Activity.LOADING)
+            progress.tell(bytes_done, bytes_total)
+
         model = self._load_model(
             Path(command.path),
             device=self._device,
             dtype=command.dtype,
-            on_progress=_Progress(command, self._clock, self._memory, self._report).tell,
+            on_progress=on_progress,
         )
+        self._beat(Activity.LOADING)
         needs = self._needs(command, model)
         reclaim(self._device)  # what measuring left with torch's allocator counts as taken
+        self._beat(Activity.LOADING)
         limits = settle(command, needs, self._memory.free_bytes(model.weights_bytes))
         cache = model.new_cache(limits.blocks, BLOCK_TOKENS)
         runner = ModelRunner(model, cache, self._device)

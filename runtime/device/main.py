@@ -19,13 +19,15 @@ from pathlib import Path
 import torch
 
 from cortex.ipc.channel import DeviceEnd
+from cortex.ipc.heartbeat import HeartbeatPage, HeartbeatWriter
 from cortex.ipc.log import configure_logging
 from cortex.ipc.messages import PROTOCOL_VERSION, Hello
 from cortex.ipc.ring import TokenProducer, TokenRing
 from cortex.ipc.taps import Tap
 from cortex.models.weights import load_model
-from cortex.runtime.device.cuda import measured_free_bytes, torch_device
-from cortex.runtime.device.device import Device
+from cortex.runtime.device.cuda import measured_free_bytes, share_one_heap, torch_device
+from cortex.runtime.device.device import Channel, Device
+from cortex.runtime.device.injection import arm
 from cortex.runtime.device.loader import Loader, LoadFunction
 from cortex.runtime.device.memory import DeviceMemory
 from cortex.runtime.device.scheduler import TOKEN_BUDGETS
@@ -38,28 +40,34 @@ def main(  # noqa: PLR0917 - the fork passes them by position
     address: str,
     ring: TokenRing,
     tap_directory: Path | None,
+    heartbeat: HeartbeatPage,
     preloaded: bool,
     server_threads: int,
     log_level: str = "info",
+    test_faults: str = "",
 ) -> None:
     """Be the process of *device_name*; returns after a Shutdown, else exits with 70 or 71.
 
     *memory_bytes* is the device's budget for weights, caches and workspaces, *address* where the
     supervisor's end of the channel is bound. ``threads=None`` leaves torch's own choice.
+    *test_faults* are what ``injection.py`` lets go wrong.
     """
+    share_one_heap()
     gc.freeze()  # what the imports made stays: no collection, here or in an unload, need look at it
     configure_logging("device", log_level, device=device_name)
     if threads is not None:
         torch.set_num_threads(threads)
     with DeviceEnd(address) as channel:
         channel.send(_hello(device_name, preloaded, server_threads))
+        wire, load = arm(test_faults, channel, load_model) if test_faults else (channel, load_model)
         code = serve(
             device_name,
             memory_bytes,
-            channel=channel,
+            channel=wire,
             producer=TokenProducer(ring),
             tap_directory=tap_directory,
-            load_model=load_model,
+            heartbeat=HeartbeatWriter(heartbeat),
+            load_model=load,
         )
     if code:
         sys.exit(code)
@@ -69,19 +77,32 @@ def serve(
     device_name: str,
     memory_bytes: int,
     *,
-    channel: DeviceEnd,
+    channel: Channel,
     producer: TokenProducer,
     tap_directory: Path | None,
+    heartbeat: HeartbeatWriter,
     load_model: LoadFunction,
 ) -> int:
     """Put the parts together, run the loop, and return the exit code."""
     device = torch_device(device_name)
     memory = DeviceMemory(memory_bytes, partial(measured_free_bytes, device))
     tap = Tap(tap_directory, device_name)
-    loader = Loader(load_model, device, memory, token_budget=TOKEN_BUDGETS[device.type])
+    loader = Loader(
+        load_model,
+        device,
+        memory,
+        token_budget=TOKEN_BUDGETS[device.type],
+        beat=heartbeat.loader,
+    )
     try:
         return Device(
-            device, channel=channel, producer=producer, loader=loader, memory=memory, tap=tap
+            device,
+            channel=channel,
+            producer=producer,
+            loader=loader,
+            memory=memory,
+            tap=tap,
+            beat=heartbeat.main,
         ).serve()
     finally:
         loader.close()

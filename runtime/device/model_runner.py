@@ -15,12 +15,22 @@ from cortex.runtime.device.scheduler import StepPlan
 BLOCK_TOKENS = 16
 
 
+class Module(Protocol):
+    """``cortex.models.layers.Decoder``."""
+
+    def __call__(self, batch: Batch, /) -> Tensor:
+        """Return the logits of the tokens that *batch* names, float32 [R, V]."""
+
+    def hidden(self, batch: Batch, /) -> Tensor:
+        """Return what the head would see of every token, float32 [T, H]."""
+
+
 class ServableModel(Protocol):
     """What ``cortex.models.weights.load_model`` returns, as far as the engine looks at it."""
 
     @property
-    def module(self) -> Callable[[Batch], Tensor]:
-        """Batch -> logits, float32 [R, V]."""
+    def module(self) -> Module:
+        """The architecture with its weights."""
 
     @property
     def num_layers(self) -> int:
@@ -53,6 +63,9 @@ class ServableModel(Protocol):
     def new_cache(self, blocks: int, block_tokens: int) -> KVCache:
         """Allocate a paged cache on the model's device."""
 
+    def recorded(self, cache: KVCache) -> Callable[[Batch], Tensor]:
+        """Return what computes as ``module`` does, only faster; valid until the next call."""
+
 
 def kv_bytes_per_token(model: ServableModel) -> int:
     """Return the memory of one position's keys and values in all layers."""
@@ -61,11 +74,22 @@ def kv_bytes_per_token(model: ServableModel) -> int:
 
 
 class ModelRunner:
-    """One model with its cache on one device."""
+    """One model with its cache on one device; the logits of a step are valid until the next.
 
-    def __init__(self, model: ServableModel, cache: KVCache, device: torch.device) -> None:
+    Where ``is_recorded`` is False it computes operation by operation, as the module is written.
+    """
+
+    def __init__(
+        self,
+        model: ServableModel,
+        cache: KVCache,
+        device: torch.device,
+        *,
+        is_recorded: bool = True,
+    ) -> None:
         self.vocab_size = model.vocab_size
-        self._module = model.module
+        self._module = model.recorded(cache) if is_recorded else model.module
+        self._hidden = model.module.hidden
         self._cache = cache
         self._device = device
 
@@ -74,6 +98,11 @@ class ModelRunner:
         with torch.inference_mode():
             logits = self._module(make_batch(plan, self._cache, self._device))
             return logits[: len(plan.sampled)]
+
+    def hidden(self, plan: StepPlan) -> Tensor:
+        """Compute *plan* -> [T, H] float32, a row for each of its tokens."""
+        with torch.inference_mode():
+            return self._hidden(make_batch(plan, self._cache, self._device))
 
 
 def make_batch(plan: StepPlan, cache: KVCache, device: torch.device) -> Batch:

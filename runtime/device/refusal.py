@@ -11,13 +11,14 @@ invalid_limits                load         a limit below one
 unknown_dtype                 load         not one of those that LoadModel lists
 bad_checkpoint                load         the files are not what they should be
 load_failed                   load         anything else; a bug, whose traceback is in the log
-duplicate_sequence            generate     the id is in use (names the command only)
-empty_prompt                  generate
-token_out_of_range            generate     an id that the vocabulary does not have
+duplicate_sequence            a prompt     the id is in use (names the command only)
+empty_prompt                  a prompt
+token_out_of_range            a prompt     it, or how to sample, names an id beyond the vocabulary
 invalid_sampling              generate     a parameter out of range
-context_length_exceeded       generate     no room in the context for one more token
-prompt_too_long_for_memory    generate     fits the context, can never fit the KV cache
-unhealthy_logits              a sequence   its logits had a NaN or an infinity
+context_length_exceeded       a prompt     no room in the context for it and an answer's first token
+prompt_too_long_for_memory    a prompt     fits the context, can never fit the KV cache
+unhealthy_logits              a sequence   its logits or its vector had a NaN or an infinity
+cancelled                     embed        somebody asked for it, or the model or the device goes
 out_of_memory                 a sequence   the youngest of a step that ran out of memory
 step_failed                   a sequence   was in a step that failed otherwise
 protocol_error                a frame      is not a command; nothing else is touched

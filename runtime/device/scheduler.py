@@ -12,6 +12,8 @@ out later, the running sequence that came last is preempted: it gives its blocks
 tokens, goes to the head of the waiting ones and is computed again. So whoever runs came before
 whoever waits, the first of them can always go on, and every sequence ends.
 
+An embedding is a sequence that is given no token: it ends when all of its tokens are computed.
+
 The plan is plain data, so that the ranks of a group can be sent it.
 """
 
@@ -23,7 +25,9 @@ import msgspec
 
 from cortex.ipc.messages import SamplingParams
 from cortex.ipc.ring import Flag
+from cortex.models.checkpoints.pooling import Pooling
 from cortex.runtime.device.block_pool import BlockPool
+from cortex.runtime.device.row import is_penalised
 from cortex.runtime.device.sequence import Sequence
 
 TOKEN_BUDGETS = {"cpu": 128, "cuda": 512}
@@ -40,9 +44,21 @@ class PlannedSequence(msgspec.Struct, frozen=True):
     token_ids: list[int]
     first_position: int
     block_table: list[int]
-    samples: bool
-    """The last of these tokens is the last known: its logits choose the next one."""
+    is_last: bool
+    """The last of these tokens is the last known."""
     sampling: SamplingParams
+    pooling: Pooling | None = None
+    """How an embedding makes one vector of all its tokens; None for a generation."""
+    known: list[int] = []
+    """All tokens known, ``prompt_tokens`` of them the prompt's, where penalties need them."""
+    prompt_tokens: int = 0
+    forced: int | None = None
+    """The token that comes next whatever the logits say."""
+
+    @property
+    def samples(self) -> bool:
+        """Whether the logits of the last of these tokens choose the next one."""
+        return self.is_last and self.pooling is None
 
     @property
     def end_position(self) -> int:
@@ -59,6 +75,16 @@ class StepPlan(msgspec.Struct, frozen=True):
     def tokens(self) -> int:
         """Tokens that the step computes."""
         return sum(len(planned.token_ids) for planned in self.sequences)
+
+    @property
+    def generations(self) -> StepPlan:
+        """The part of it that may be given tokens."""
+        return StepPlan([planned for planned in self.sequences if planned.pooling is None])
+
+    @property
+    def embeddings(self) -> StepPlan:
+        """The part of it that becomes vectors."""
+        return StepPlan([planned for planned in self.sequences if planned.pooling is not None])
 
     @property
     def sampled(self) -> list[PlannedSequence]:
@@ -97,23 +123,24 @@ class Scheduler:
         return [sequence.id for sequence in (*self.running, *self.waiting)]
 
     def add(self, sequence: Sequence) -> None:
-        """Queue *sequence*, whose prompt is shorter than ``limit_tokens``."""
+        """Queue *sequence*, whose prompt fits ``limit_tokens``, a generation's with one more."""
         assert sequence.id not in self._by_id, "ids are the caller's and unique"
-        assert 0 < len(sequence.tokens) < self.limit_tokens, "the engine refused it before"
+        most = self.limit_tokens - (sequence.pooling is None)  # a generation needs one more
+        assert 0 < len(sequence.tokens) <= most, "the engine refused it before"
         self._by_id[sequence.id] = sequence
         self.waiting.append(sequence)
 
-    def end(self, sequence_id: int) -> bool:
-        """Forget a sequence wherever it is and free its blocks; False if there is none."""
+    def end(self, sequence_id: int) -> Sequence | None:
+        """Forget a sequence wherever it is, free its blocks and return it; None if none is it."""
         sequence = self._by_id.pop(sequence_id, None)
         if sequence is None:
-            return False
+            return None
         if sequence in self.running:
             self.running.remove(sequence)
         else:
             self.waiting.remove(sequence)
         self._release(sequence)
-        return True
+        return sequence
 
     def schedule(self) -> StepPlan:
         """Decide the next step; it is never empty while there is a sequence."""
@@ -188,11 +215,17 @@ class Scheduler:
 
 def _plan(sequence: Sequence, count: int) -> PlannedSequence:
     first = sequence.computed
+    is_last = count == sequence.remaining
+    knows = is_last and is_penalised(sequence.sampling)
     return PlannedSequence(
         sequence_id=sequence.id,
         token_ids=sequence.tokens[first : first + count],
         first_position=first,
         block_table=list(sequence.blocks),
-        samples=count == sequence.remaining,
+        is_last=is_last,
         sampling=sequence.sampling,
+        pooling=sequence.pooling,
+        known=list(sequence.tokens) if knows else [],
+        prompt_tokens=sequence.prompt_tokens,
+        forced=sequence.forced,
     )

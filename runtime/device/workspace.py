@@ -97,7 +97,8 @@ def measure_workspace(
     """Run *model* on small steps; *beside_bytes* is what sampling takes after a step."""
     far = min(_PROBE_CONTEXT_TOKENS, model.max_position_embeddings)
     near = min(_PROBE_TOKENS[-1], far)
-    runner = ModelRunner(model, model.new_cache(1, BLOCK_TOKENS), device)
+    cache = model.new_cache(1, BLOCK_TOKENS)
+    runner = ModelRunner(model, cache, device, is_recorded=False)
     at_near, at_far = (_foretell(runner, token_budget, context) for context in (near, far))
     growth = max(0, at_far - at_near) // max(1, far - near)
     return Workspace(
@@ -123,7 +124,7 @@ def _history(runner: ModelRunner, tokens: int, context: int) -> list[int]:
         token_ids=[0] * tokens,
         first_position=context - tokens,
         block_table=[0] * -(-context // BLOCK_TOKENS),
-        samples=True,
+        is_last=True,
         sampling=SamplingParams(temperature=0.0, max_tokens=1, seed=0),
     )
     return living_bytes(lambda: runner.forward(StepPlan([step])))

@@ -103,10 +103,10 @@ def test_a_model_nobody_has_is_a_404_with_its_code(chat: openai.OpenAI) -> None:
 
 def test_a_parameter_that_is_not_honoured_is_refused_in_words(chat: openai.OpenAI) -> None:
     with pytest.raises(openai.BadRequestError) as refusal:
-        ask(chat, logprobs=True)
+        ask(chat, response_format={"type": "json_object"})
 
     assert refusal.value.code == "unsupported_parameter"
-    assert refusal.value.param == "logprobs"
+    assert refusal.value.param == "response_format"
 
 
 def test_a_prompt_over_the_context_is_refused_with_its_code(chat: openai.OpenAI) -> None:

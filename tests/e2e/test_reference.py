@@ -10,6 +10,7 @@ from cortex.ipc.messages import Generate, SamplingParams
 from cortex.ipc.openai import ChatMessage
 from cortex.ipc.ring import Flag
 from cortex.models.weights import load_model
+from cortex.runtime.conversation import Conversation
 from cortex.runtime.device.engine import Engine
 from cortex.runtime.device.memory import Limits
 from cortex.runtime.device.model_runner import BLOCK_TOKENS, ModelRunner
@@ -79,7 +80,7 @@ def greedy_by_engine(engine: Engine, prompt: list[int], sequence_id: int) -> lis
 def test_the_first_greedy_tokens_equal_the_reference(
     engine: Engine, reference: transformers.LlamaForCausalLM, text: TextSide, question: str
 ) -> None:
-    prompt = text.chat_prompt([ChatMessage(role="user", content=question)], None)
+    prompt = text.chat_prompt(Conversation([ChatMessage(role="user", content=question)])).token_ids
 
     tokens = greedy_by_engine(engine, prompt, PROMPTS.index(question) + 1)
 
@@ -91,7 +92,7 @@ def test_the_first_greedy_tokens_equal_the_reference(
 def test_the_node_answers_with_the_text_of_those_tokens(
     stack: Stack, engine: Engine, text: TextSide, question: str
 ) -> None:
-    prompt = text.chat_prompt([ChatMessage(role="user", content=question)], None)
+    prompt = text.chat_prompt(Conversation([ChatMessage(role="user", content=question)])).token_ids
     tokens = greedy_by_engine(engine, prompt, PROMPTS.index(question) + 100)
 
     _, answer = stack.post(

@@ -10,7 +10,7 @@ import msgspec
 import orjson
 import pytest
 
-from cortex.gateway.app import CannotListen, Gateway, is_local
+from cortex.gateway.app import CannotListen, Gateway
 from cortex.gateway.background import Background
 from cortex.gateway.config import Listening
 from cortex.gateway.door import Door
@@ -113,20 +113,6 @@ async def test_a_name_that_nobody_knows_is_one_sentence(neuron: FakeNeuron) -> N
     with pytest.raises(CannotListen, match=r"cannot listen on host\.invalid:0: "):
         async with Gateway(config):
             pass
-
-
-@pytest.mark.parametrize(
-    ("address", "is_it"),
-    [
-        ("127.0.0.1:1", True),
-        ("[::1]:1", True),
-        ("localhost:1", True),
-        ("0.0.0.0:1", False),
-        ("box.lan:1", False),
-    ],
-)
-def test_what_only_this_host_can_reach_is_known(address: str, is_it: bool) -> None:
-    assert is_local(address) == is_it
 
 
 async def test_an_open_port_without_keys_is_warned_of(

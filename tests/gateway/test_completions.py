@@ -43,6 +43,24 @@ async def test_the_answer_is_the_nodes_byte_for_byte(
     assert ours == theirs
 
 
+async def test_embeddings_are_the_nodes_byte_for_byte_and_in_the_clients_words(
+    neuron: FakeNeuron, session: aiohttp.ClientSession
+) -> None:
+    body = {"model": "qwen3-8b", "input": "hi"}
+    catalogue = Catalogue({}, {"vectors": "qwen3-8b"})
+
+    async with Gateway(gateway_config(neuron), catalogue) as gateway:
+        _, ours, headers = await read(session, gateway.url + "/v1/embeddings", body)
+        renamed = {**body, "model": "vectors"}
+        _, aliased, _ = await read(session, gateway.url + "/v1/embeddings", renamed)
+    _, theirs, _ = await read(session, neuron.url + "/v1/embeddings", body)
+
+    assert ours == theirs
+    assert headers["x-cortex-node"] == "a"
+    assert orjson.loads(aliased) == {**orjson.loads(theirs), "model": "vectors"}
+    assert neuron.requests("/v1/embeddings")[1].body == body
+
+
 async def test_the_body_reaches_the_node_byte_for_byte(
     neuron: FakeNeuron, session: aiohttp.ClientSession
 ) -> None:
@@ -167,7 +185,6 @@ async def test_a_body_that_is_too_large_is_413(
     [
         "/v1/responses",
         "/v1/responses/resp_1",
-        "/v1/embeddings",
         "/fleet/models/pin",
         "/fleet/models/unpin",
         "/fleet/nodes/a/drain",

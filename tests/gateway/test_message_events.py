@@ -65,6 +65,20 @@ def completion(**choice: Any) -> bytes:
     return orjson.dumps({"model": "m", "choices": choices, "usage": usage})
 
 
+@pytest.mark.parametrize(
+    "delta", [{"reasoning_content": "Hm"}, {"tool_calls": [{"index": 0, "function": {}}]}]
+)
+def test_what_this_dialect_has_no_block_for_yet_keeps_the_stream_alive(
+    delta: dict[str, Any],
+) -> None:
+    text = chunk(delta={"content": "Hi"})
+
+    names = [name for name, _ in events_of(ROLE, chunk(delta=delta), text, FINISH, USAGE, DONE)]
+
+    assert names[:3] == ["message_start", "ping", "content_block_start"]
+    assert names[-1] == "message_stop"
+
+
 def test_a_stream_is_told_in_anthropics_order() -> None:
     text = [chunk(delta={"content": word}) for word in ("Hi", " there")]
 

@@ -92,6 +92,43 @@ async def test_the_duration_runs_to_the_last_byte_and_the_first_token_is_text(
     assert of(samples, "tokens_per_second_count", **HERE) == 1
 
 
+async def test_embeddings_count_the_tokens_of_their_prompts(
+    neuron: FakeNeuron, session: aiohttp.ClientSession
+) -> None:
+    async with Gateway(gateway_config(neuron)) as gateway:
+        await ask(session, gateway, {"model": "qwen3-8b", "input": "x"}, "/v1/embeddings")
+        samples = await scrape(session, gateway)
+
+    assert of(samples, "prompt_tokens_total", **HERE) == 7
+    assert of(samples, "completion_tokens_total", **HERE) == 0
+    assert of(samples, "requests_total", **HERE) == 1
+
+
+@pytest.mark.parametrize(
+    "delta",
+    [
+        b'{"content":"Hi"}',
+        b'{"reasoning_content":"Hm"}',
+        b'{"tool_calls":[{"index":0,"id":"c","type":"function","function":{"name":"f"}}]}',
+    ],
+)
+def test_the_first_token_is_the_first_text_reasoning_or_call(delta: bytes) -> None:
+    meter = Meter()
+
+    meter.saw(b'data: {"choices":[{"delta":{"role":"assistant","content":""}}]}\n\n')
+    assert meter.first_token_at is None
+    meter.saw(b'data: {"choices":[{"delta":' + delta + b"}]}\n\n")
+
+    assert meter.first_token_at is not None
+
+
+def test_an_answer_that_is_no_object_has_nothing_to_measure() -> None:
+    for body in (b"", b"[]", b"{", b"nothing"):
+        meter = Meter()
+        meter.saw_answer(body)
+        assert (meter.usage, meter.error, meter.is_complete) == (None, None, True)
+
+
 async def test_an_answer_that_comes_whole_has_no_first_token(
     neuron: FakeNeuron, session: aiohttp.ClientSession
 ) -> None:

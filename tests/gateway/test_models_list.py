@@ -10,7 +10,7 @@ from yarl import URL
 from cortex.gateway.app import Gateway
 from cortex.gateway.catalogue import BUILT_IN, Catalogue, Limits, Profile
 from cortex.ipc.node_api import EMBEDDED_MODEL, ModelStatus, Servable, Version
-from cortex.ipc.openai import ModelList
+from cortex.ipc.openai_answers import ModelList
 from fakes import FakeNeuron, gateway_config, until
 
 ANTHROPIC = {"anthropic-version": "2023-06-01"}

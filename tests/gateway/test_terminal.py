@@ -14,8 +14,15 @@ from cortex.gateway import cli
 from cortex.gateway.app import Gateway
 from cortex.gateway.catalogue import Catalogue
 from cortex.gateway.config import Entitlements, Key
-from cortex.gateway.terminal import GatewayClient, Unreachable, print_fleet
+from cortex.gateway.terminal import (
+    GatewayClient,
+    LoadLines,
+    Unreachable,
+    print_fleet,
+    progress_words,
+)
 from cortex.ipc.errors import Overloaded, RouteNotFound
+from cortex.ipc.node_api import Progress
 from cortex.ipc.settings import ConfigError
 from fakes import FakeNeuron, gateway_config, refusal
 
@@ -164,6 +171,59 @@ def test_what_is_wrong_with_a_model_is_said_once(
 
     last = text.splitlines()[-1]
     assert last.endswith(trouble) if trouble else last.startswith("└")
+
+
+MB = 2**20
+
+
+@pytest.mark.parametrize(
+    ("progress", "words"),
+    [
+        (Progress("queued"), "queued"),
+        (
+            Progress("downloading", 38 * MB, 94 * MB, 12.4),
+            "downloading 40 %, 38 of 94 MB, 12 s left",
+        ),
+        (Progress("downloading", 1, 100 * MB, 600.0), "downloading 0 %, 0 of 100 MB, 10 min left"),
+        (
+            Progress("downloading", 5, 9000 * MB, 9000.0),
+            "downloading 0 %, 0 of 9000 MB, 2.5 h left",
+        ),
+        (Progress("downloading", 7 * MB), "downloading, 7 MB"),
+        (Progress("loading", 94 * MB, 94 * MB, 0.0), "loading 100 %, 94 of 94 MB, 0 s left"),
+    ],
+)
+def test_progress_is_said_as_far_as_it_is_known(progress: Progress, words: str) -> None:
+    assert progress_words(progress) == words
+
+
+def test_a_model_on_its_way_shows_how_far_it_is() -> None:
+    progress = {"phase": "downloading", "bytes_done": 38 * MB, "bytes_total": 94 * MB}
+    model = {"id": "m", "status": "loading", "servable": {"ok": True}, "progress": progress}
+
+    assert "downloading 40 %, 38 of 94 MB" in shown(*a_fleet(model), width=120)
+
+
+def test_a_load_is_told_by_its_phases_and_every_five_seconds() -> None:
+    said: list[str] = []
+    now = 100.0
+    lines = LoadLines(said.append, lambda: now)
+
+    lines.hear("loading m", None)
+    for second in range(12):
+        now = 100.0 + second
+        lines.hear("loading m", Progress("downloading", second * MB, 20 * MB))
+    lines.hear("loading m", Progress("loading", 0, 20 * MB))
+    now += 60
+    lines.hear("loading m", Progress("loading", 0, 20 * MB))
+
+    assert said == [
+        "loading m",
+        "loading m: downloading 0 %, 0 of 20 MB",
+        "loading m: downloading 25 %, 5 of 20 MB",
+        "loading m: downloading 50 %, 10 of 20 MB",
+        "loading m: loading 0 %, 0 of 20 MB",
+    ]
 
 
 @pytest.mark.parametrize(

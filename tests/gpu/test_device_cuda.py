@@ -4,10 +4,12 @@ from collections.abc import Iterator
 
 import pytest
 import torch
+from torch import Tensor
 
 from cortex.ipc.messages import MemoryReport, QueryMemory, SamplingParams, UnloadModel
 from cortex.runtime.device.device import EXIT_DEVICE_LOST
-from cortex.runtime.device.sampler import Row, sample
+from cortex.runtime.device.row import Row
+from cortex.runtime.device.sampler import sample
 from engine_fakes import DeviceBench, FakeLoad, FakeModel, answer, greedy, loaded
 
 pytestmark = [
@@ -27,6 +29,38 @@ def bench() -> Iterator[DeviceBench]:
     bench.close()
 
 
+def various() -> tuple[Tensor, list[Row]]:
+    """Return logits and rows that ask for everything there is."""
+    generator = torch.Generator().manual_seed(7)
+    logits = torch.randn(20, 5000, generator=generator).mul_(3)
+    rows = [
+        Row(
+            SamplingParams(
+                0.1 * (n % 12),
+                1,
+                n,
+                top_p=(0.5, 0.9, 1.0)[n % 3],
+                top_k=n % 4 * 20,
+                min_p=n % 2 * 0.01,
+                repetition_penalty=(1.0, 1.2)[n // 10],
+                frequency_penalty=n % 5 * 0.25,
+                logit_bias={n: 3.0} if n % 7 == 0 else {},
+                top_logprobs=(None, 0, 20)[n % 3],
+            ),
+            n,
+            known=list(range(n)) * 3,
+            prompt_tokens=n,
+            forced=77 if n == 19 else None,
+        )
+        for n in range(20)
+    ]
+    return logits, rows
+
+
+def tokens(logits: Tensor, rows: list[Row]) -> list[int | None]:
+    return [chosen.token_id for chosen in sample(logits, rows)]
+
+
 def test_sequences_together_say_what_each_says_alone(bench: DeviceBench) -> None:
     loaded(bench.load("m", kv_cache_bytes=12 * 16 * 8 * 2, max_context_tokens=2048))
     prompts = {number: [number, 5, 6] * (number + 1) for number in range(8)}
@@ -40,23 +74,26 @@ def test_sequences_together_say_what_each_says_alone(bench: DeviceBench) -> None
 
 
 def test_a_gpu_draws_the_tokens_that_a_cpu_draws() -> None:
-    generator = torch.Generator().manual_seed(7)
-    logits = torch.randn(20, 5000, generator=generator).mul_(3)
-    rows = [
-        Row(SamplingParams(0.1 * (n % 12), 1, n, top_p=(0.5, 0.9, 1.0)[n % 3], top_k=n % 4 * 20), n)
-        for n in range(20)
-    ]
+    logits, rows = various()
 
-    on_gpu = sample(logits.to(GPU), rows)
+    on_gpu = tokens(logits.to(GPU), rows)
 
-    assert on_gpu == sample(logits, rows)
-    assert on_gpu == [sample(logits[n : n + 1].to(GPU), rows[n : n + 1])[0] for n in range(20)]
+    assert on_gpu == tokens(logits, rows)
+    assert on_gpu == [tokens(logits[n : n + 1].to(GPU), rows[n : n + 1])[0] for n in range(20)]
+
+
+def test_a_gpu_gives_the_log_probabilities_that_a_cpu_gives() -> None:
+    logits, rows = various()
+
+    for there, here in zip(sample(logits.to(GPU), rows), sample(logits, rows), strict=True):
+        assert there.logprob == pytest.approx(here.logprob, abs=1e-6, nan_ok=True)
+        assert [token for token, _ in there.top] == [token for token, _ in here.top]
 
 
 def test_equal_logits_give_the_lowest_id_on_a_gpu() -> None:
     rows = [Row(SamplingParams(0.0, 1, 0), 0)] * 4
 
-    assert sample(torch.zeros(4, 150_000, device=GPU), rows) == [0, 0, 0, 0]
+    assert tokens(torch.zeros(4, 150_000, device=GPU), rows) == [0, 0, 0, 0]
 
 
 def test_an_unloaded_cache_is_free_again_for_everybody(bench: DeviceBench) -> None:

@@ -18,9 +18,18 @@ EVERY_COMMAND: list[messages.Command] = [
         model="m",
         prompt_token_ids=[1, 2, 3],
         sampling=messages.SamplingParams(
-            temperature=0.5, max_tokens=8, seed=2**63 - 1, stop_token_ids=(2, 0)
+            temperature=0.5,
+            max_tokens=8,
+            seed=2**63 - 1,
+            stop_token_ids=(2, 0),
+            logit_bias={7: -100.0},
+            top_logprobs=5,
+            reasoning_budget=messages.ReasoningBudget(
+                max_tokens=64, start_token_ids=(), end_token_ids=(9, 10)
+            ),
         ),
     ),
+    messages.Embed(command_id=6, model="m", prompt_token_ids=[1, 2], pooling="mean"),
     messages.Cancel(command_id=3, sequence_id=7),
     messages.QueryMemory(command_id=4),
     messages.Shutdown(command_id=5),
@@ -49,6 +58,7 @@ EVERY_EVENT: list[messages.Event] = [
         load_seconds=0.1,
     ),
     messages.ModelUnloaded(command_id=1, model="m"),
+    messages.Embedded(command_id=6, vector=b"\0\0\x80?"),
     messages.MemoryReport(command_id=1, total_bytes=10, free_bytes=4, models={"m": FOOTPRINT}),
     messages.Failed(code="step_failed", detail="why", sequence_id=7),
     messages.Bye(command_id=5),

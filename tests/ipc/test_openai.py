@@ -10,6 +10,8 @@ from cortex.ipc.errors import (
     MissingModelField,
     UnsupportedParameter,
 )
+from cortex.ipc.openai_answers import ChatCompletionChunk
+from cortex.ipc.tools import FunctionCall, ToolCall
 
 HELLO = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
 
@@ -17,6 +19,11 @@ HELLO = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
 def chat(**more: object) -> openai.ChatCompletionRequest:
     body = msgspec.json.encode({**HELLO, **more})
     return openai.decode_request(body, openai.ChatCompletionRequest)
+
+
+def text(**more: object) -> openai.CompletionRequest:
+    body = msgspec.json.encode({"model": "m", "prompt": "hello", **more})
+    return openai.decode_request(body, openai.CompletionRequest)
 
 
 @pytest.mark.parametrize("body", [b"{", b"", b"\xff\xfe", b'{"a": }'])
@@ -42,14 +49,16 @@ def test_a_body_without_a_model_says_so(model: object) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("tools", [{"type": "function"}]),
         ("tool_choice", "required"),
-        ("n", 2),
-        ("logprobs", True),
-        ("logit_bias", {"5": 1}),
-        ("presence_penalty", 0.5),
+        ("tool_choice", {"type": "function", "function": {"name": "look"}}),
+        ("functions", [{"name": "look"}]),
+        ("function_call", "auto"),
+        ("top_logprobs", 5),
+        ("best_of", 2),
+        ("echo", True),
+        ("suffix", "the end"),
+        ("min_tokens", 3),
         ("response_format", {"type": "json_object"}),
-        ("min_p", 0.1),
     ],
 )
 def test_a_known_parameter_that_is_not_honoured_is_refused_by_name(
@@ -63,7 +72,7 @@ def test_a_known_parameter_that_is_not_honoured_is_refused_by_name(
 
 def test_one_is_not_the_same_as_true() -> None:
     with pytest.raises(UnsupportedParameter):
-        chat(logprobs=0)
+        chat(echo=0)
 
 
 def test_a_parameter_nobody_knows_is_refused_by_name() -> None:
@@ -98,6 +107,28 @@ def test_a_parameter_without_effect_is_accepted(name: str) -> None:
         ("messages", []),
         ("messages", "hello"),
         ("stream_options", 3),
+        ("stream_options", {"continuous_usage_stats": True}),
+        ("min_p", 1.1),
+        ("repetition_penalty", 0),
+        ("repetition_penalty", 2.1),
+        ("presence_penalty", -2.1),
+        ("frequency_penalty", 2.1),
+        ("logit_bias", {"5": 101}),
+        ("logit_bias", {"-1": 1}),
+        ("logit_bias", {"five": 1}),
+        ("logit_bias", {str(token): 1 for token in range(1025)}),
+        ("logprobs", 3),
+        ("top_logprobs", 21),
+        ("n", 0),
+        ("n", 129),
+        ("stop_token_ids", [-1]),
+        ("stop_token_ids", 7),
+        ("reasoning_effort", "a lot"),
+        ("thinking", {"type": "perhaps"}),
+        ("thinking", {"type": "enabled", "budget_tokens": 0}),
+        ("parallel_tool_calls", "no"),
+        ("tools", {"type": "function"}),
+        ("tool_choice", 3),
     ],
 )
 def test_a_value_of_the_wrong_type_or_size_names_its_place(name: str, value: object) -> None:
@@ -116,9 +147,107 @@ def test_a_place_inside_a_list_is_named() -> None:
 
 
 def test_a_replayed_tool_turn_with_null_content_is_a_message() -> None:
-    turn = {"role": "assistant", "content": None, "tool_calls": [{"id": "c"}]}
+    call = {"id": "c", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+    turn = {"role": "assistant", "content": None, "tool_calls": [call]}
 
-    assert chat(messages=[turn]).messages[0].content is None
+    message = chat(messages=[turn]).messages[0]
+
+    assert message.content is None
+    assert message.tool_calls == [ToolCall("c", FunctionCall("look", "{}"))]
+
+
+def test_an_answer_of_the_sdk_may_come_back_as_it_is() -> None:
+    said: dict[str, object] = {"role": "assistant", "content": "Yes.", "annotations": []}
+    answer = said | dict.fromkeys(("refusal", "audio", "function_call", "tool_calls"))
+
+    assert chat(messages=[answer]).messages[0].content == "Yes."
+
+
+@pytest.mark.parametrize("field", [{"audio": {"id": "a"}}, {"function_call": {}}, {"mood": "good"}])
+def test_a_field_of_a_message_that_would_be_ignored_is_refused_with_its_place(
+    field: dict[str, object],
+) -> None:
+    name = next(iter(field))
+
+    with pytest.raises(UnsupportedParameter, match=name) as refusal:
+        chat(messages=[{"role": "user", "content": "hi"}, {"role": "user", **field}])
+
+    assert refusal.value.param == f"messages[1].{name}"
+
+
+LOOK = {"name": "look", "description": "Look.", "parameters": {"type": "object", "x": [1, None]}}
+
+
+def test_tools_stay_as_they_came() -> None:
+    tool = {"function": dict(reversed(LOOK.items())), "type": "function"}
+
+    asked = chat(tools=[tool])
+
+    assert asked.tools == [tool]
+    assert [*asked.offered_tools[0]["function"]] == ["parameters", "description", "name"]
+
+
+def test_tools_that_must_not_be_called_are_not_offered() -> None:
+    assert (
+        chat(tools=[{"type": "function", "function": LOOK}], tool_choice="none").offered_tools == []
+    )
+
+
+@pytest.mark.parametrize(
+    ("function", "place"),
+    [
+        ({}, "tools[1].function"),
+        ({"name": ""}, "tools[1].function.name"),
+        ({"name": "two words"}, "tools[1].function.name"),
+        ({"name": "look\n"}, "tools[1].function.name"),
+        ({"name": "n" * 129}, "tools[1].function.name"),
+        ({**LOOK, "parameters": "string"}, "tools[1].function.parameters"),
+        ({**LOOK, "parameter": {}}, "tools[1].function"),
+    ],
+)
+def test_a_tool_of_the_wrong_shape_names_its_place(function: dict[str, object], place: str) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        chat(
+            tools=[
+                {"type": "function", "function": LOOK},
+                {"type": "function", "function": function},
+            ]
+        )
+
+    assert refusal.value.param == place
+
+
+@pytest.mark.parametrize(
+    ("tool", "place"),
+    [
+        ({"type": "web_search"}, "tools[0].type"),
+        ({"type": "custom", "custom": {"name": "x"}}, "tools[0].type"),
+        ({"type": "function", "function": {**LOOK, "strict": True}}, "tools[0].function.strict"),
+    ],
+)
+def test_a_tool_that_cannot_be_honoured_is_refused(tool: dict[str, object], place: str) -> None:
+    with pytest.raises(UnsupportedParameter) as refusal:
+        chat(tools=[tool])
+
+    assert refusal.value.param == place
+
+
+def test_log_probabilities_are_asked_for_in_two_ways() -> None:
+    assert chat().wanted_logprobs is None
+    assert chat(logprobs=True).wanted_logprobs == 0
+    assert chat(logprobs=True, top_logprobs=4).wanted_logprobs == 4
+    assert text(logprobs=0).wanted_logprobs == 0
+    assert text(logprobs=5).wanted_logprobs == 5
+
+
+def test_the_best_of_as_many_as_are_shown_is_no_choice() -> None:
+    assert text(n=3, best_of=3).choices == 3
+    with pytest.raises(UnsupportedParameter, match="best_of"):
+        text(n=3, best_of=4)
+
+
+def test_keys_of_a_bias_are_token_ids() -> None:
+    assert chat(logit_bias={"5": -100}).logit_bias == {5: -100.0}
 
 
 def test_the_newer_name_of_the_limit_wins() -> None:
@@ -156,6 +285,61 @@ def test_any_other_prompt_is_refused(prompt: object) -> None:
 
 
 def test_a_chunk_without_usage_leaves_the_field_out() -> None:
-    chunk = openai.ChatCompletionChunk(id="c", created=1, model="m", choices=[])
+    chunk = ChatCompletionChunk(id="c", created=1, model="m", choices=[])
 
     assert b"usage" not in msgspec.json.encode(chunk)
+
+
+def embed(given: object, **more: object) -> openai.EmbeddingRequest:
+    body = msgspec.json.encode({"model": "m", "input": given, **more})
+    return openai.decode_request(body, openai.EmbeddingRequest)
+
+
+@pytest.mark.parametrize(
+    ("given", "read_as"),
+    [
+        ("one", ["one"]),
+        (["one", "two"], ["one", "two"]),
+        ([1, 2], [[1, 2]]),
+        ([[1, 2], [3]], [[1, 2], [3]]),
+    ],
+)
+def test_inputs_are_texts_or_token_ids(given: object, read_as: object) -> None:
+    assert embed(given).inputs == read_as
+
+
+@pytest.mark.parametrize(
+    "given", [[], None, 5, ["a", 1], [[1], "a"], [[1], [-1]], [["a"]], ["a"] * 2049, [[1]] * 2049]
+)
+def test_any_other_input_is_refused(given: object) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        embed(given)
+
+    assert refusal.value.param is not None
+    assert refusal.value.param.startswith("input")
+
+
+def test_one_input_may_have_more_tokens_than_a_request_inputs() -> None:
+    assert embed([5] * 3000).inputs == [[5] * 3000]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("dimensions", 0), ("encoding_format", "int8"), ("dimensions", "many")]
+)
+def test_what_is_asked_of_a_vector_is_checked(name: str, value: object) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        embed("one", **{name: value})
+
+    assert refusal.value.param == name
+
+
+def test_tokens_are_counted_of_messages_or_of_a_prompt() -> None:
+    for body in (
+        {},
+        {"prompt": "a", "messages": []},
+        {"prompt": "a", "messages": HELLO["messages"]},
+    ):
+        with pytest.raises(InvalidRequest):
+            openai.decode_request(
+                msgspec.json.encode({"model": "m", **body}), openai.TokenizeRequest
+            )

@@ -6,7 +6,15 @@ from typing import Annotated, Any, Literal
 import pytest
 from msgspec import Meta
 
-from cortex.ipc.settings import Address, ConfigError, Origin, Settings, Table, split_address
+from cortex.ipc.settings import (
+    Address,
+    ConfigError,
+    Origin,
+    Settings,
+    Table,
+    is_loopback,
+    split_address,
+)
 
 
 class Boat(Table, frozen=True):
@@ -239,3 +247,20 @@ def test_an_address_is_a_host_and_a_port(address: str, host: str, port: int) -> 
 def test_what_is_no_address_is_refused(address: str) -> None:
     with pytest.raises(ConfigError, match="is not an address"):
         split_address(address)
+
+
+@pytest.mark.parametrize(
+    ("host", "is_it"),
+    [
+        ("127.0.0.1", True),
+        ("127.8.9.10", True),
+        ("::1", True),
+        ("localhost", True),
+        ("0.0.0.0", False),
+        ("::", False),
+        ("box.lan", False),
+        ("127.0.0.1.evil.lan", False),
+    ],
+)
+def test_what_only_this_host_can_reach_is_known(host: str, is_it: bool) -> None:
+    assert is_loopback(host) == is_it

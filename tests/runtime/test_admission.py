@@ -7,24 +7,24 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cortex.ipc.errors import Overloaded, ShuttingDown
+from cortex.ipc.errors import InvalidRequest, Overloaded, ShuttingDown
 from cortex.runtime.admission import Admission, Seats, Ticket
 
 
 class FakeRequest:
     """A request that notes when it was seated."""
 
-    def __init__(self) -> None:
+    def __init__(self, seats: int = 1) -> None:
         self.was_seated = False
-        self.ticket = Ticket(self._seated)
+        self.ticket = Ticket(self._seated, seats)
 
     def _seated(self) -> None:
         self.was_seated = True
 
 
-def arrive(seats: Seats) -> FakeRequest:
-    """Let a new request arrive."""
-    request = FakeRequest()
+def arrive(seats: Seats, count: int = 1) -> FakeRequest:
+    """Let a new request arrive that needs *count* seats."""
+    request = FakeRequest(count)
     seats.arrive(request.ticket)
     return request
 
@@ -78,30 +78,62 @@ def test_a_refused_request_may_leave() -> None:
     assert seats.in_flight == 1
 
 
+def test_who_needs_several_seats_waits_for_all_of_them_and_is_not_overtaken() -> None:
+    seats = Seats(max_in_flight=3, max_queue_depth=2)
+    first, second = arrive(seats), arrive(seats)
+    wide, narrow = arrive(seats, 3), arrive(seats)
+
+    seats.leave(first.ticket)
+    assert (wide.was_seated, narrow.was_seated, seats.in_flight) == (False, False, 1)
+    seats.leave(second.ticket)
+    assert (wide.was_seated, narrow.was_seated, seats.in_flight) == (True, False, 3)
+
+
+def test_several_may_follow_one_that_had_several_seats() -> None:
+    seats = Seats(max_in_flight=3, max_queue_depth=3)
+    wide = arrive(seats, 3)
+    followers = [arrive(seats) for _ in range(3)]
+
+    seats.leave(wide.ticket)
+
+    assert [request.was_seated for request in followers] == [True] * 3
+
+
+def test_those_behind_a_waiter_that_leaves_move_up() -> None:
+    seats = Seats(max_in_flight=2, max_queue_depth=2)
+    arrive(seats)
+    wide, narrow = arrive(seats, 2), arrive(seats)
+
+    seats.leave(wide.ticket)
+
+    assert narrow.was_seated
+
+
 @given(
-    seats=st.integers(1, 3),
+    seats=st.integers(1, 4),
     queue=st.integers(0, 3),
-    moves=st.lists(st.tuples(st.booleans(), st.integers(0, 20)), max_size=60),
+    moves=st.lists(st.tuples(st.integers(0, 4), st.integers(0, 20)), max_size=60),
 )
 def test_no_seat_is_ever_lost_or_given_twice(
-    seats: int, queue: int, moves: list[tuple[bool, int]]
+    seats: int, queue: int, moves: list[tuple[int, int]]
 ) -> None:
     table = Seats(seats, queue)
     inside: list[FakeRequest] = []
-    for arrives, which in moves:
-        if arrives:
+    for needs, which in moves:
+        if needs:
             try:
-                inside.append(arrive(table))
+                inside.append(arrive(table, min(needs, seats)))
             except Overloaded:
-                assert len(inside) == seats + queue
+                assert table.queue_depth == queue
         elif inside:
             table.leave(inside.pop(which % len(inside)).ticket)
 
-        assert table.in_flight == min(len(inside), seats)
-        assert table.queue_depth == len(inside) - table.in_flight
-        assert [r.was_seated for r in inside] == sorted(
-            (r.was_seated for r in inside), reverse=True
-        )
+        seated = [request for request in inside if request.was_seated]
+        waiting = [request for request in inside if not request.was_seated]
+        assert table.in_flight == sum(request.ticket.seats for request in seated) <= seats
+        assert table.queue_depth == len(waiting) <= queue
+        assert inside == seated + waiting  # whoever came first sits first
+        assert not waiting or table.in_flight + waiting[0].ticket.seats > seats
 
 
 async def sit(admission: Admission, sitting: asyncio.Event) -> Never:
@@ -149,6 +181,16 @@ async def test_who_is_seated_and_cancelled_in_the_same_moment_leaks_nothing() ->
         waiter.cancel()
 
     assert (admission.seats.in_flight, admission.seats.queue_depth) == (0, 0)
+
+
+async def test_more_seats_than_there_are_will_never_be_free() -> None:
+    admission = Admission(2, 1, max_wait_seconds=60)
+
+    with pytest.raises(InvalidRequest, match="at most 2") as refused:
+        async with admission.seat(3):
+            raise AssertionError
+
+    assert refused.value.param == "n"
 
 
 async def test_waiting_has_an_end() -> None:

@@ -8,7 +8,8 @@ from transformers.utils.chat_template_utils import render_jinja_template
 
 from cortex.ipc.errors import ApiError, InvalidRequest, Unloadable, UnsupportedParameter
 from cortex.ipc.openai import ChatMessage
-from cortex.runtime import chat_template
+from cortex.ipc.tools import FunctionCall, ToolCall
+from cortex.runtime import template_sandbox
 from cortex.runtime.chat_template import ChatTemplate
 
 CHATML = """\
@@ -53,6 +54,10 @@ PARTS_ONLY = """\
 
 def turn(role: str, content: Any = None, **more: Any) -> ChatMessage:
     return ChatMessage(role=role, content=content, **more)
+
+
+def call(call_id: str = "c1", name: str = "f", arguments: str = '{"k": 1}') -> ToolCall:
+    return ToolCall(call_id, FunctionCall(name, arguments))
 
 
 def conversation(*said: str) -> list[ChatMessage]:
@@ -194,10 +199,27 @@ def test_a_speakers_name_that_the_template_would_lose_is_refused() -> None:
     [
         (turn("tool", "4", tool_call_id="c1"), UnsupportedParameter, "role"),
         (turn("function", "4"), UnsupportedParameter, "role"),
-        (turn("assistant", None, tool_calls=[{"id": "c1"}]), UnsupportedParameter, "tool_calls"),
-        (turn("user", "4", tool_call_id="c1"), UnsupportedParameter, "tool_call_id"),
+        (turn("assistant", None, tool_calls=[call()]), UnsupportedParameter, "tool_calls"),
+        (turn("user", None, tool_calls=[call()]), InvalidRequest, "tool_calls"),
+        (turn("user", "4", tool_call_id="c1"), InvalidRequest, "tool_call_id"),
+        (
+            turn("assistant", None, tool_calls=[call(arguments="[1]")]),
+            InvalidRequest,
+            "tool_calls[0].function.arguments",
+        ),
+        (
+            turn("assistant", None, tool_calls=[call(arguments='{"k": ')]),
+            InvalidRequest,
+            "tool_calls[0].function.arguments",
+        ),
+        (
+            turn("assistant", None, tool_calls=[call(arguments="[" * 100_000)]),
+            InvalidRequest,
+            "tool_calls[0].function.arguments",
+        ),
         (turn("pirate", "arr"), InvalidRequest, "role"),
         (turn("user", [{"type": "image_url"}]), UnsupportedParameter, "content[0].type"),
+        (turn("user", [{"type": "file"}]), UnsupportedParameter, "content[0].type"),
         (turn("user", [{"type": "input_audio"}]), UnsupportedParameter, "content[0].type"),
         (turn("user", [{}]), UnsupportedParameter, "content[0].type"),
         (turn("user", [{"type": "text"}]), InvalidRequest, "content[0].text"),
@@ -356,7 +378,7 @@ def test_a_template_reaches_nothing_but_what_it_is_given(attempt: str) -> None:
     ],
 )
 def test_a_template_that_runs_wild_is_a_400(attempt: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(chat_template, "MAX_PROMPT_CHARACTERS", 10**6)
+    monkeypatch.setattr(template_sandbox, "MAX_PROMPT_CHARACTERS", 10**6)
 
     with pytest.raises(InvalidRequest, match="the model's chat template refuses"):
         render(hostile(attempt), conversation("u:hi"))

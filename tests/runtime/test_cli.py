@@ -28,7 +28,9 @@ def served(monkeypatch: pytest.MonkeyPatch) -> list[NeuronConfig]:
     return configs
 
 
-@pytest.mark.parametrize("arguments", [["--help"], ["serve", "--help"], ["tap", "--help"]])
+@pytest.mark.parametrize(
+    "arguments", [["--help"], ["serve", "--help"], ["tap", "--help"], ["check", "--help"]]
+)
 def test_help_shows_examples(arguments: list[str]) -> None:
     result = runner.invoke(cli.app, arguments)
 
@@ -67,6 +69,17 @@ def test_a_wrong_configuration_is_one_sentence_and_exit_2(arguments: list[str], 
     assert result.output.startswith("neuron: ")
     assert words in result.output
     assert result.output.count("\n") == 1
+
+
+def test_a_hub_that_cannot_be_meant_is_exit_2(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", "huggingface.co")
+    monkeypatch.setattr(cli, "configure_logging", lambda *_: None)
+
+    for arguments in (["serve"], ["check", "org/name"]):
+        result = runner.invoke(cli.app, [*arguments, "--devices", "cpu:0"])
+
+        assert result.exit_code == 2
+        assert result.output.startswith("neuron: HF_ENDPOINT: 'huggingface.co'")
 
 
 def test_a_port_that_is_taken_is_one_sentence_and_exit_1() -> None:

@@ -315,8 +315,8 @@ async def test_a_prompt_that_no_memory_here_can_hold_is_413() -> None:
 @pytest.mark.parametrize(
     ("body", "code"),
     [
-        (chat(tools=[{"type": "function"}]), "unsupported_parameter"),
-        (chat(n=2), "unsupported_parameter"),
+        (chat(tools=[{"type": "web_search"}]), "unsupported_parameter"),
+        (chat(tools=[{"type": "function"}]), "invalid_request"),
         (chat(temperature=9), "invalid_request"),
         ({"messages": HELLO}, "missing_model_field"),
         (chat(messages=[]), "invalid_request"),
@@ -511,7 +511,7 @@ async def test_every_request_ends_in_one_canonical_line() -> None:
 @pytest.mark.parametrize(
     ("body", "fields"),
     [
-        (chat(n=2), {"status": 400, "error": "unsupported_parameter"}),
+        (chat(suffix="x"), {"status": 400, "error": "unsupported_parameter"}),
         (chat(model="other"), {"status": 404, "error": "model_not_found"}),
     ],
 )
@@ -533,13 +533,13 @@ async def test_a_neuron_that_drains_takes_nothing_new_and_finishes_what_runs() -
     async with serving(node) as client:
         services = client.server.app[SERVICES]  # type: ignore[attr-defined] # BaseTestServer hides it
         async with client.post(CHAT, json=chat(stream=True)) as running:
-            services.inference.refuse_new()
+            services.door.close()
             async with client.post(CHAT, json=chat()) as refused:
                 assert (refused.status, refused.headers["Retry-After"]) == (503, "15")
                 assert (await refused.json())["error"]["code"] == "shutting_down"
             may_finish.set()
             assert (await running.text()).endswith("data: [DONE]\n\n")
-        await asyncio.wait_for(services.inference.idle(), 5)
+        await asyncio.wait_for(services.door.empty(), 5)
 
 
 async def test_a_body_still_on_its_way_keeps_no_drain_waiting() -> None:
@@ -553,10 +553,10 @@ async def test_a_body_still_on_its_way_keeps_no_drain_waiting() -> None:
     async with serving(FakeNode("m")) as client, asyncio.TaskGroup() as tasks:
         posting = tasks.create_task(client.post(CHAT, data=body(), expect100=True))
         await reached.wait()
-        inference = client.server.app[SERVICES].inference  # type: ignore[attr-defined] # as above
-        inference.refuse_new()
+        door = client.server.app[SERVICES].door  # type: ignore[attr-defined] # as above
+        door.close()
         async with asyncio.timeout(5):
-            await inference.idle()
+            await door.empty()
         may_go_on.set()
 
     assert posting.result().status == 503

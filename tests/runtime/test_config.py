@@ -15,6 +15,7 @@ from cortex.runtime.config import (
     NeuronConfig,
     cuda_visible_devices,
     load_config,
+    ordered_faults,
 )
 
 EXAMPLE = Path(__file__).resolve().parents[2] / "packaging" / "neuron.example.toml"
@@ -84,9 +85,11 @@ def test_every_section_is_read(tmp_path: Path) -> None:
         ("[admission]\n\nmax_wait = 1", "admission.max_wait", 3),
         ('[[devices]]\nname = "cpu:0"\n[[devices]]\nname = "tpu:0"', "devices[1].name", 4),
         ("[[models]]\nquant = 'q4_1'", "models[0]", 1),
-        ("[auth]\nkeys = []", "auth", 1),
-        ("[engine]", "engine", 1),
-        ("[sources.huggingface]", "sources", 1),
+        ("[auth]\nkeys = []", "auth.keys", 2),
+        ('[auth]\nkey_file = "keys"', "auth.key_file", 2),
+        ('[tls]\nkey_file = "/k"', "tls", 1),
+        ("[engines]", "engines", 1),
+        ("[sources.modelscope]", "sources.modelscope", 1),
     ],
 )
 def test_a_wrong_key_or_type_is_named_with_its_line(
@@ -173,6 +176,19 @@ def test_variables_of_the_validation_script_and_of_others_are_not_ours() -> None
     environment = {"NEURON_PORT": "1", "NEURON_LOAD_TIMEOUT": "9", "HOME": "/root"}
 
     assert load_config(None, environment) == NeuronConfig()
+
+
+def test_the_switch_for_faults_is_for_tests_and_no_option() -> None:
+    environment = {"NEURON_TEST_FAULTS": "forward:nan@2"}
+
+    assert load_config(None, environment) == NeuronConfig()
+    assert ordered_faults(environment) == "forward:nan@2"
+    assert ordered_faults({}) == ""
+
+
+def test_a_fault_that_is_misspelled_stops_the_start() -> None:
+    with pytest.raises(ConfigError, match="NEURON_TEST_FAULTS: 'rain' is no fault"):
+        ordered_faults({"NEURON_TEST_FAULTS": "rain"})
 
 
 def test_the_example_shows_every_option_and_its_default() -> None:

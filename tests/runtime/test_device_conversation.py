@@ -19,6 +19,8 @@ from cortex.ipc.errors import (
 from cortex.ipc.messages import (
     Cancel,
     Command,
+    Embed,
+    Embedded,
     Failed,
     Generate,
     LoadProgress,
@@ -174,6 +176,62 @@ async def test_a_refusal_that_names_only_the_command_ends_it_too(talk: Talk) -> 
 
     with pytest.raises(NodeFailed, match="in use"):
         await anext(generation)
+
+
+async def test_an_embedding_gets_its_vector_and_is_forgotten(talk: Talk) -> None:
+    vector = talk.conversation.embed("m", [1, 2], "mean")
+    talk.conversation.hear(Embedded(1, b"1234"))
+    talk.conversation.hear(Embedded(1, b"5678"))
+
+    assert await vector.wait() == b"1234"
+    assert talk.sent == [Embed(1, "m", [1, 2], "mean")]
+    assert talk.conversation.running == []
+
+
+async def test_a_failure_that_names_the_command_ends_its_embedding(talk: Talk) -> None:
+    vector = talk.conversation.embed("m", [], "mean")
+    talk.conversation.hear(Failed("empty_prompt", "no tokens", command_id=1))
+
+    with pytest.raises(InvalidRequest, match="no tokens"):
+        await vector.wait()
+    assert talk.conversation.running == []
+
+
+async def test_an_embedding_is_cancelled_by_its_number_and_open_until_that_is_answered(
+    talk: Talk,
+) -> None:
+    vector = talk.conversation.embed("m", [1], "mean")
+    vector.cancel()
+
+    assert talk.sent[-1] == Cancel(2, 1)
+    assert talk.conversation.is_open
+    talk.conversation.hear(Failed("cancelled", "cancelled", command_id=1))
+    assert not talk.conversation.is_open
+
+
+async def test_the_end_of_the_life_ends_an_open_embedding(talk: Talk) -> None:
+    vector = talk.conversation.embed("m", [1], "mean")
+    talk.conversation.end(NodeFailed("killed"))
+
+    with pytest.raises(NodeFailed, match="killed"):
+        await vector.wait()
+
+
+async def test_an_embedding_after_the_end_has_failed_already(talk: Talk) -> None:
+    talk.conversation.end(NodeFailed("killed"))
+
+    with pytest.raises(NodeFailed, match="killed"):
+        await talk.conversation.embed("m", [1], "mean").wait()
+    assert talk.sent == []
+
+
+async def test_the_embeddings_of_a_model_are_failed_with_it(talk: Talk) -> None:
+    one, other = (talk.conversation.embed(model, [1], "last") for model in ("m", "n"))
+    talk.conversation.fail_model("m", ModelNotFound("unloaded"))
+
+    with pytest.raises(ModelNotFound):
+        await one.wait()
+    assert talk.conversation.running == [other]
 
 
 async def test_only_the_generations_of_the_model_are_failed(talk: Talk) -> None:

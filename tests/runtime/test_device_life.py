@@ -3,6 +3,7 @@
 import asyncio
 import itertools
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ import zmq.asyncio
 
 from cortex.ipc.channel import DeviceEnd
 from cortex.ipc.errors import NodeFailed
+from cortex.ipc.heartbeat import Activity, HeartbeatWriter
 from cortex.ipc.messages import (
     PROTOCOL_VERSION,
     Command,
@@ -23,9 +25,12 @@ from cortex.ipc.messages import (
 )
 from cortex.ipc.ring import Flag, TokenProducer, TokenRing
 from cortex.ipc.taps import Tap
+from cortex.runtime import device_life
 from cortex.runtime.config import DeviceSpec
-from cortex.runtime.device_life import DeviceLife
+from cortex.runtime.device_life import DeviceLife, End
+from cortex.runtime.device_state import Cause
 from cortex.runtime.fork_server import Child
+from cortex.runtime.hang_watch import Deadlines, HangWatch
 from supervisor_fakes import eventually, hello, records
 
 SPEC = DeviceSpec(0, "cpu:0", 2**30, 1)
@@ -58,7 +63,8 @@ class Wire:
     greeted: list[Hello] = field(default_factory=list)
     end: DeviceEnd = field(init=False)
     producer: TokenProducer = field(init=False)
-    over: asyncio.Task[str] = field(init=False)
+    over: asyncio.Task[End] = field(init=False)
+    beats: HeartbeatWriter = field(init=False)
 
     async def begin(self, tasks: asyncio.TaskGroup) -> None:
         self.over = tasks.create_task(self.life.run(self.greeted.append, lambda: None))
@@ -66,6 +72,7 @@ class Wire:
         ring: TokenRing = self.arguments["ring"]
         self.end = DeviceEnd(self.arguments["address"])
         self.producer = TokenProducer(ring)
+        self.beats = HeartbeatWriter(self.arguments["heartbeat"])
 
     async def command(self) -> Command:
         got: list[Command | None] = [None]
@@ -86,6 +93,19 @@ class Wire:
 
 @pytest.fixture
 async def wire() -> AsyncIterator[Wire]:
+    async with wired(Deadlines()) as wire:
+        yield wire
+
+
+@pytest.fixture
+async def hasty() -> AsyncIterator[Wire]:
+    """A life whose process must beat ten times a second."""
+    async with wired(Deadlines(step_seconds=0.1)) as wire:
+        yield wire
+
+
+@asynccontextmanager
+async def wired(deadlines: Deadlines, hello_timeout_seconds: float = 0.2) -> AsyncIterator[Wire]:
     context = zmq.asyncio.Context()
     child, arguments = FakeChild(), dict[str, Any]()
 
@@ -99,7 +119,8 @@ async def wire() -> AsyncIterator[Wire]:
         fork=fork,
         context=context,
         tap=Tap(None, "supervisor"),
-        hello_timeout_seconds=0.2,
+        deadlines=deadlines,
+        hello_timeout_seconds=hello_timeout_seconds,
     )
     async with asyncio.TaskGroup() as tasks:
         wire = Wire(life, child, arguments)
@@ -117,6 +138,7 @@ async def greet(wire: Wire) -> None:
 async def test_it_forks_with_everything_a_device_process_needs(wire: Wire) -> None:
     wire.arguments.pop("address")
     wire.arguments.pop("ring")
+    wire.arguments.pop("heartbeat")
 
     assert wire.arguments == {
         "device_name": "cpu:0",
@@ -124,6 +146,7 @@ async def test_it_forks_with_everything_a_device_process_needs(wire: Wire) -> No
         "threads": 1,
         "tap_directory": None,
         "log_level": "info",
+        "test_faults": "",
     }
 
 
@@ -173,7 +196,7 @@ async def test_a_hello_that_its_process_did_not_outlive_greets_nobody(wire: Wire
     wire.end.send(hello())
     wire.child.kill()
 
-    assert "was killed by SIGKILL" in await wire.over
+    assert "was killed by SIGKILL" in (await wire.over).reason
     assert wire.greeted == []
 
 
@@ -182,21 +205,21 @@ async def test_what_it_says_last_is_the_reason(wire: Wire) -> None:
     wire.end.send(Failed("device_lost", "an Xid", fatal=True))
     wire.child.kill()
 
-    assert await wire.over == "the device process of cpu:0 failed: an Xid"
+    assert (await wire.over).reason == "the device process of cpu:0 failed: an Xid"
 
 
 async def test_a_fatal_failure_does_not_wait_for_the_exit(wire: Wire) -> None:
     await greet(wire)
     wire.end.send(Failed("device_lost", "an Xid", fatal=True))
 
-    assert "an Xid" in await wire.over
+    assert "an Xid" in (await wire.over).reason
 
 
 async def test_a_failure_of_nothing_in_particular_ends_the_life(wire: Wire) -> None:
     await greet(wire)
     wire.end.send(Failed("protocol_error", "not a command"))
 
-    assert "not a command" in await wire.over
+    assert "not a command" in (await wire.over).reason
 
 
 @pytest.mark.parametrize(
@@ -214,19 +237,19 @@ async def test_a_child_that_must_not_be_used_is_killed(
 ) -> None:
     wire.end.send(greeting)
 
-    assert why in await wire.over
+    assert why in (await wire.over).reason
     assert wire.greeted == []
 
 
 async def test_a_child_that_says_no_hello_is_killed(wire: Wire) -> None:
-    assert "no Hello in 0.2 s" in await wire.over
+    assert "no Hello in 0.2 s" in (await wire.over).reason
 
 
 async def test_what_is_not_an_event_ends_the_life(wire: Wire) -> None:
     await greet(wire)
     wire.end._socket.send(b"\x01")
 
-    assert "not an event" in await wire.over
+    assert "not an event" in (await wire.over).reason
 
 
 @pytest.mark.parametrize(
@@ -242,7 +265,7 @@ async def test_the_reason_says_how_it_ended(wire: Wire, code: int | None, how: s
     wire.child.code = code
     wire.child.kill()
 
-    assert await wire.over == f"the device process of cpu:0 {how}"
+    assert (await wire.over).reason == f"the device process of cpu:0 {how}"
 
 
 async def test_a_child_that_cannot_be_forked_is_a_reason_too() -> None:
@@ -255,10 +278,13 @@ async def test_a_child_that_cannot_be_forked_is_a_reason_too() -> None:
         SPEC, itertools.count(1), fork=fork, context=context, tap=Tap(None, "supervisor")
     )
     gone: list[bool] = []
-    reason = await life.run(lambda _: None, lambda: gone.append(True))
+    end = await life.run(lambda _: None, lambda: gone.append(True))
     context.destroy(linger=0)
 
-    assert (reason, gone) == ("the device process of cpu:0 cannot be started: no memory", [True])
+    assert (end.reason, gone) == (
+        "the device process of cpu:0 cannot be started: no memory",
+        [True],
+    )
 
 
 async def test_a_life_leaves_no_descriptor_open(wire: Wire) -> None:
@@ -282,11 +308,11 @@ async def test_a_life_that_is_killed_while_it_is_forked_ends_the_child() -> None
     )
     async with asyncio.TaskGroup() as tasks:
         over = tasks.create_task(life.run(lambda _: None, lambda: None))
-        life.kill("stopped early")
+        life.kill(Cause.ASKED, "stopped early")
         may_fork.set()
     context.destroy(linger=0)
 
-    assert over.result() == "stopped early"
+    assert over.result() == End(Cause.ASKED, "stopped early")
     assert child.gone.done()
 
 
@@ -305,3 +331,39 @@ async def test_commands_and_events_are_published_on_the_tap(
         ("event.hello", {"device": "cpu:0", "event": hello()}),
         ("command.ping", {"device": "cpu:0", "command": Ping(1)}),
     ]
+
+
+async def test_a_process_that_hangs_in_a_step_is_killed(hasty: Wire) -> None:
+    await greet(hasty)
+    generation = hasty.life.conversation.generate("m", [1], GREEDY)
+    hasty.beats.main(Activity.STEPPING)
+    end = await hasty.over
+
+    assert end.cause is Cause.HUNG
+    with pytest.raises(NodeFailed, match=r"was killed: it hung: a step took more than 0\.1 s"):
+        await anext(generation)
+
+
+async def test_a_process_that_takes_no_command_is_killed(hasty: Wire) -> None:
+    await greet(hasty)
+    hasty.life.conversation.generate("m", [1], GREEDY)
+
+    assert (await hasty.over).reason.endswith("it hung: it took no command for 0.1 s")
+
+
+async def test_a_process_that_beats_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[str | None] = []
+    beats: list[HeartbeatWriter] = []
+
+    class Watch(HangWatch):
+        def look(self, now: float, *, is_owed: bool) -> str | None:
+            beats[0].main(Activity.STEPPING)
+            found.append(super().look(now, is_owed=is_owed))
+            return found[-1]
+
+    monkeypatch.setattr(device_life, "HangWatch", Watch)
+    async with wired(Deadlines(step_seconds=0.1), 20.0) as wire:
+        beats.append(wire.beats)
+        await eventually(lambda: len(found) == 2, "two looks")
+
+    assert found == [None, None]

@@ -10,6 +10,7 @@ import pytest
 from cortex.runtime import discovery
 from cortex.runtime.discovery import (
     Gpu,
+    Holder,
     Inventory,
     NvmlProbe,
     ProbeFailed,
@@ -28,8 +29,14 @@ class FakeNvml:
     missing from the library.
     """
 
-    def __init__(self, gpus: int = 1, failing: dict[str, int] | None = None) -> None:
+    def __init__(
+        self,
+        gpus: int = 1,
+        failing: dict[str, int] | None = None,
+        processes: list[tuple[int, int]] | None = None,
+    ) -> None:
         self._gpus = gpus
+        self._processes = processes or []
         self._failing = failing or {}
 
     def __getattr__(self, name: str) -> Any:
@@ -43,6 +50,7 @@ class FakeNvml:
             "nvmlDeviceGetMemoryInfo": memory,
             "nvmlDeviceGetCudaComputeCapability": capability,
             "nvmlDeviceGetUtilizationRates": lambda _h, rates: setattr(rates._obj, "gpu", 37),
+            "nvmlDeviceGetComputeRunningProcesses_v3": self._list_processes,
             "nvmlDeviceGetTemperature": lambda _h, _sensor, value: fill(value, 61),
             "nvmlSystemGetDriverVersion": lambda text, _size: write(text, "580.1"),
             "nvmlSystemGetNVMLVersion": lambda text, _size: write(text, "13.580.1"),
@@ -53,6 +61,15 @@ class FakeNvml:
             raise AttributeError(name)
         return FakeFunction(answers[name], self._failing.get(name, 0))
 
+    def _list_processes(self, _handle: Any, count: Any, rows: Any) -> int:
+        if rows is None:
+            fill(count, len(self._processes))
+            return int(pynvml.NVML_ERROR_INSUFFICIENT_SIZE) if self._processes else 0
+        for row, (pid, held_bytes) in zip(rows, self._processes, strict=False):
+            row.pid, row.usedGpuMemory = pid, held_bytes
+        fill(count, len(self._processes))
+        return 0
+
 
 class FakeFunction:
     """A ctypes function: callable, with room for ``argtypes`` and ``restype``."""
@@ -62,9 +79,10 @@ class FakeFunction:
         self._code = code
 
     def __call__(self, *arguments: Any) -> int:
-        if not self._code:
-            self._answer(*arguments)
-        return self._code
+        if self._code:
+            return self._code
+        answered = self._answer(*arguments)
+        return answered if isinstance(answered, int) else 0
 
 
 def fill(reference: Any, value: int) -> None:
@@ -116,6 +134,24 @@ def test_a_gpu_is_read(library: Callable[..., None]) -> None:
     reading = NvmlProbe().read(Gpu(0, "NVIDIA H200", "GPU-1", 0))
 
     assert reading == Reading(400 * MIB, 600 * MIB, utilization_pct=37, temp_c=61)
+
+
+def test_who_holds_memory_of_a_gpu_is_read_too(library: Callable[..., None]) -> None:
+    unknown = pynvml.NVML_VALUE_NOT_AVAILABLE_ulonglong.value
+    library(processes=[(41, 300 * MIB), (42, unknown)])
+
+    reading = NvmlProbe().read(Gpu(0, "NVIDIA H200", "GPU-1", 0))
+
+    assert reading.holders == (Holder(41, 300 * MIB), Holder(42, 0))
+
+
+def test_a_driver_that_lists_no_processes_is_read_all_the_same(
+    library: Callable[..., None],
+) -> None:
+    name = "nvmlDeviceGetComputeRunningProcesses_v3"
+    library(failing={name: pynvml.NVML_ERROR_NOT_SUPPORTED})
+
+    assert NvmlProbe().read(Gpu(0, "NVIDIA H200", "GPU-1", 0)).holders == ()
 
 
 @pytest.mark.parametrize(

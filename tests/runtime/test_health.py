@@ -4,6 +4,7 @@ import asyncio
 import os
 from typing import Any
 
+import msgspec
 import pytest
 from structlog.testing import capture_logs
 
@@ -12,6 +13,7 @@ from cortex.ipc.node_api import LoadRequest
 from cortex.runtime.activation import Activation
 from cortex.runtime.config import AdmissionConfig, DeviceSpec
 from cortex.runtime.discovery import Gpu, ProbeFailed, Reading
+from cortex.runtime.foreign_use import ForeignUse
 from cortex.runtime.health import Report
 from cortex.runtime.readings import Readings
 from cortex.runtime.served_model import Limits
@@ -54,6 +56,35 @@ def test_uptime_counts_from_the_start() -> None:
     clock.now += 12.5
 
     assert of.health().uptime_secs == 12.5
+
+
+def test_a_device_says_how_often_and_why_it_was_lost() -> None:
+    node = FakeNode("m")
+    node.devices[0].losses = {"died": 2, "hung": 1}
+    node.devices[0].failure = "it hung"
+
+    [device] = report(node).health().devices
+
+    assert (device.restarts, device.restarts_by_cause) == (3, {"died": 2, "hung": 1})
+    assert device.last_failure == "it hung"
+
+
+async def test_a_device_says_what_others_hold_of_it() -> None:
+    node = FakeNode("m")
+    readings = Readings(FakeProbe(), FakeProbe().inventory(), node.devices)
+    of = report(node, readings=readings)
+    assert of.health().devices[0].foreign_mb is None
+    readings._foreign["cpu:0"] = ForeignUse(300 * MIB)
+
+    assert of.health().devices[0].foreign_mb == 300
+
+
+def test_no_model_is_servable_while_the_neuron_drains() -> None:
+    of = report(FakeNode("m"))
+    assert of.models()[0].servable.ok
+    of.is_draining = True
+
+    assert (of.models()[0].status, of.models()[0].servable.reason) == ("loaded", "draining")
 
 
 def test_a_model_shows_its_seats_and_its_memory() -> None:
@@ -142,7 +173,9 @@ async def test_speeds_are_measured_from_requests() -> None:
 
 async def test_a_cpu_device_uses_what_its_process_holds_of_its_budget() -> None:
     node = FakeNode()
-    node.devices[0].pid = os.getpid()
+    budget_mb = 1 << 20  # more than this process may have come to in the tests before
+    spec = msgspec.structs.replace(node.devices[0].spec, memory_bytes=budget_mb << 20)
+    node.devices[0] = FakeDevice(spec, pid=os.getpid())
     of = report(node)
 
     assert of.health().devices[0].vram_used_mb is None
@@ -152,7 +185,7 @@ async def test_a_cpu_device_uses_what_its_process_holds_of_its_budget() -> None:
     assert device.vram_used_mb is not None
     assert device.vram_used_mb > 0
     assert device.vram_free_mb is not None
-    assert device.vram_used_mb + device.vram_free_mb in {1023, 1024}
+    assert device.vram_used_mb + device.vram_free_mb in {budget_mb - 1, budget_mb}
 
 
 def of_readings(of: Report) -> Readings:

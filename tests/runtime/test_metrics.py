@@ -67,7 +67,18 @@ def test_a_request_that_broke_is_no_success_but_its_tokens_count() -> None:
 def test_states_are_read_when_asked() -> None:
     health = Health(
         0.0,
-        devices=[DeviceHealth(0, "cpu:0", "ready", 100, 300, lifecycle_cycles=4)],
+        devices=[
+            DeviceHealth(
+                0,
+                "cpu:0",
+                "ready",
+                100,
+                300,
+                lifecycle_cycles=4,
+                restarts_by_cause={"hung": 2},
+                foreign_mb=7,
+            )
+        ],
         models=[ModelLoad("m", in_flight=2, queue_depth=1, kv_budget_mb=40, kv_available_mb=10)],
     )
 
@@ -77,6 +88,8 @@ def test_states_are_read_when_asked() -> None:
     assert values["vllm:num_requests_waiting", "m"] == 1
     assert values["vllm:kv_cache_usage_perc", "m"] == 0.75
     assert values["neuron:device_ready", "cpu:0"] == 1
+    assert values["neuron:device_restarts_total", "cpu:0"] == 2
+    assert values["neuron:device_memory_foreign_bytes", "cpu:0"] == 7 * 2**20
     assert values["neuron:device_lifecycle_cycles", "cpu:0"] == 4
     assert values["neuron:device_memory_used_bytes", "cpu:0"] == 100 * 2**20
 

@@ -1,6 +1,7 @@
 """Every route that is not a completion: what it answers, and in which shape it refuses."""
 
 import asyncio
+import dataclasses
 import io
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,7 +14,9 @@ from structlog.testing import capture_logs
 from cortex.ipc.errors import Conflict, LoadedDifferently, Unloadable
 from cortex.ipc.messages import Hello
 from cortex.ipc.node_api import LoadRequest
-from fake_node import FakeModel, FakeNode, serving
+from cortex.runtime.chat import Chat, ChatOptions
+from cortex.runtime.chat_template import ChatTemplate
+from fake_node import CHATML, FakeModel, FakeNode, serving, tiny_text
 from tiny_text import TINY_LLAMA, metadata_of, trained, write_gguf
 
 MODEL = "smollm2-135m-instruct"
@@ -49,7 +52,7 @@ async def test_models_is_a_bare_array() -> None:
             "devices": [{"index": 0, "weights_mb": 93, "kv_mb": 40, "workspace_mb": 5}],
             "servable": {"ok": True},
             "limit": {"context": 512},
-            "capabilities": ["text"],
+            "capabilities": ["completion", "chat"],
         }
     ]
 
@@ -117,7 +120,7 @@ async def test_a_loaded_model_says_what_it_can_do() -> None:
     _, body = await got(FakeNode(MODEL), f"/models/{MODEL}/capabilities")
 
     assert body == {
-        "capabilities": ["text"],
+        "capabilities": ["completion", "chat"],
         "limit": {"context": 512},
         "tool_call": False,
         "reasoning": False,
@@ -126,12 +129,29 @@ async def test_a_loaded_model_says_what_it_can_do() -> None:
     }
 
 
+async def test_what_a_model_can_do_is_what_its_text_side_says() -> None:
+    node = FakeNode(MODEL, "loading")
+    thinks = ChatTemplate(CHATML + "{# <think> </think> #}", {})
+    chat = Chat(tiny_text().tokenizer, thinks, ChatOptions(tool_prompt="hermes"))
+    node.models[MODEL].text = dataclasses.replace(tiny_text(), chat=chat, pooling="mean")
+    node.models["loading"].text = None
+
+    _, able = await got(node, f"/models/{MODEL}/capabilities")
+    _, models = await got(node, "/models")
+
+    assert (able["tool_call"], able["reasoning"]) == (True, True)
+    assert able["capabilities"] == ["completion", "chat", "tools", "embeddings"]
+    assert models[0].items() >= {"tool_call": True, "reasoning": True}.items()
+    assert "capabilities" not in models[1]
+
+
 async def test_a_model_on_the_disk_says_what_it_can_do(tmp_path: Path) -> None:
     file = write_gguf(tmp_path / "m.gguf", TINY_LLAMA | metadata_of(trained("smollm"), "smollm"))
 
     status, body = await got(FakeNode(), f"/models/file:{file}/capabilities")
 
     assert (status, body["source"], body["limit"]) == (200, "cache", {"context": 1024})
+    assert body["capabilities"] == ["completion"]  # it has no chat template
 
 
 async def test_files_that_are_no_model_are_no_evidence(tmp_path: Path) -> None:
@@ -298,6 +318,44 @@ async def test_files_without_a_tokeniser_do_not_tokenise(tmp_path: Path) -> None
     assert (status, answer["error"]["code"]) == (404, "model_not_found")
 
 
+async def test_a_conversation_is_tokenised_as_a_chat_would_be() -> None:
+    node = FakeNode(MODEL)
+    chat = Chat(tiny_text().tokenizer, ChatTemplate(CHATML, {}), ChatOptions(tool_prompt="hermes"))
+    node.models[MODEL].text = dataclasses.replace(tiny_text(), chat=chat)
+    body = {
+        "model": MODEL,
+        "messages": [{"role": "user", "content": "Hi"}],
+        "tools": [{"type": "function", "function": {"name": "look"}}],
+        "tool_choice": "auto",
+        "chat_template_kwargs": {"x": 1},
+        "reasoning_effort": "low",
+        "thinking": {"type": "disabled"},
+    }
+
+    _, counted = await posted(node, "/tokenize", body)
+    await posted(node, "/v1/chat/completions", body)
+    _, without_tools = await posted(node, "/tokenize", {**body, "tool_choice": "none"})
+
+    assert counted["tokens"] == node.asked[0][1]
+    assert counted["count"] > without_tools["count"]
+
+
+async def test_a_conversation_may_be_tokenised_without_asking_for_an_answer() -> None:
+    body = {"model": MODEL, "messages": [{"role": "user", "content": "Hi"}]}
+
+    _, asking = await posted(FakeNode(MODEL), "/tokenize", body)
+    _, silent = await posted(FakeNode(MODEL), "/tokenize", {**body, "add_generation_prompt": False})
+
+    assert asking["tokens"][: silent["count"]] == silent["tokens"]
+    assert asking["count"] > silent["count"]
+
+
+async def test_token_ids_are_their_own_tokens() -> None:
+    status, body = await posted(FakeNode(MODEL), "/tokenize", {"model": MODEL, "prompt": [5, 6]})
+
+    assert (status, body) == (200, {"tokens": [5, 6], "count": 2})
+
+
 @pytest.mark.parametrize("body", [{}, {"prompt": "a", "messages": []}])
 async def test_tokenize_takes_one_of_messages_and_prompt(body: dict[str, Any]) -> None:
     status, _ = await posted(FakeNode(MODEL), "/tokenize", {"model": MODEL, **body})
@@ -305,9 +363,8 @@ async def test_tokenize_takes_one_of_messages_and_prompt(body: dict[str, Any]) -
     assert status == 400
 
 
-@pytest.mark.parametrize("path", ["/v1/embeddings", "/nowhere"])
-async def test_a_path_that_is_not_there_is_404_in_the_envelope(path: str) -> None:
-    status, body = await posted(FakeNode(), path, {})
+async def test_a_path_that_is_not_there_is_404_in_the_envelope() -> None:
+    status, body = await posted(FakeNode(), "/nowhere", {})
 
     assert (status, body["error"]["code"]) == (404, "not_found")
 

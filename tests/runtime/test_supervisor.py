@@ -5,15 +5,22 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from cortex.ipc.errors import ModelLoading, ModelNotFound, NodeFailed, ShuttingDown, Unloadable
-from cortex.ipc.messages import Cancel, Generate
+from cortex.ipc.errors import (
+    Conflict,
+    ModelLoading,
+    ModelNotFound,
+    NodeFailed,
+    ShuttingDown,
+    Unloadable,
+)
+from cortex.ipc.messages import Cancel, Embed, Generate
 from cortex.ipc.node_api import LoadRequest
 from cortex.ipc.ring import Flag
 from cortex.runtime.model_state import State
 from cortex.runtime.node import Node
 from cortex.runtime.supervisor import Supervisor
 from supervisor_bench import GREEDY, A, B, Neuron, error_of
-from supervisor_fakes import eventually, records
+from supervisor_fakes import VECTOR, eventually, records
 
 
 @pytest.fixture
@@ -52,7 +59,71 @@ async def test_leaving_a_request_early_cancels_it(neuron: Neuron) -> None:
 
     await generation.ended.wait()
     assert isinstance(neuron.lives.now().received[-1], Cancel)
-    assert neuron.supervisor.devices[0].generations == []
+    assert neuron.supervisor.devices[0].running == []
+
+
+async def test_an_embedding_gets_its_vector(neuron: Neuron) -> None:
+    await neuron.loads(A)
+
+    assert await neuron.supervisor.embed(A, [1, 2], "last") == VECTOR
+
+
+async def test_an_embedding_that_nobody_waits_for_is_cancelled(neuron: Neuron) -> None:
+    await neuron.loads(A)
+    neuron.lives.silent_on = {Embed}
+    async with asyncio.TaskGroup() as tasks:
+        embedding = tasks.create_task(neuron.supervisor.embed(A, [1], "mean"))
+        await eventually(lambda: neuron.supervisor.devices[0].running, "the embedding")
+        embedding.cancel()
+
+    assert isinstance(neuron.lives.now().received[-1], Cancel)
+    await eventually(lambda: not neuron.supervisor.devices[0].running, "its end")
+
+
+async def test_an_embedding_of_a_model_that_is_not_there_is_refused(neuron: Neuron) -> None:
+    with pytest.raises(ModelNotFound, match="POST /models/load"):
+        await neuron.supervisor.embed(A, [1], "mean")
+
+
+async def test_an_embedding_fails_with_its_device(neuron: Neuron) -> None:
+    await neuron.loads(A)
+    neuron.lives.silent_on = {Embed}
+    async with asyncio.TaskGroup() as tasks:
+        embedding = tasks.create_task(error_of(neuron.supervisor.embed(A, [1], "mean")))
+        await eventually(lambda: neuron.supervisor.devices[0].running, "the embedding")
+        neuron.lives.now().dies()
+
+    assert isinstance(embedding.result(), NodeFailed)
+
+
+async def test_a_model_is_not_unloaded_under_an_embedding_unless_forced(neuron: Neuron) -> None:
+    await neuron.loads(A)
+    neuron.lives.silent_on = {Embed}
+    async with asyncio.TaskGroup() as tasks:
+        embedding = tasks.create_task(error_of(neuron.supervisor.embed(A, [1], "mean")))
+        await eventually(lambda: neuron.supervisor.devices[0].running, "the embedding")
+
+        with pytest.raises(Conflict, match="1 requests run"):
+            await neuron.supervisor.unload(A)
+        await neuron.supervisor.unload(A, force=True)
+
+    assert isinstance(embedding.result(), ModelNotFound)
+
+
+async def test_a_drain_waits_for_embeddings_and_takes_no_new_ones(neuron: Neuron) -> None:
+    await neuron.loads(A)
+    neuron.lives.silent_on = {Embed}
+    async with asyncio.TaskGroup() as tasks:
+        embedding = tasks.create_task(neuron.supervisor.embed(A, [1], "mean"))
+        await eventually(lambda: neuron.supervisor.devices[0].running, "the embedding")
+        draining = tasks.create_task(neuron.supervisor.drain(60.0))
+        await eventually(lambda: neuron.supervisor.is_draining, "the drain")
+        with pytest.raises(ShuttingDown):
+            await neuron.supervisor.embed(A, [1], "mean")
+        assert not draining.done()
+        neuron.lives.now().answers(neuron.lives.now().last(Embed))
+
+    assert embedding.result() == VECTOR
 
 
 async def test_a_model_that_is_not_there_names_the_way_to_load_it(supervisor: Supervisor) -> None:

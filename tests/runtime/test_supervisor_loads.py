@@ -1,5 +1,6 @@
 """Loads: queued, refused, shared, failed, shown."""
 
+import asyncio
 from collections.abc import AsyncIterator
 
 import pytest
@@ -8,13 +9,15 @@ from cortex.ipc.errors import (
     InternalError,
     LoadedDifferently,
     ModelNotFound,
+    ShuttingDown,
     Unloadable,
 )
 from cortex.ipc.messages import LoadModel
 from cortex.ipc.node_api import LoadRequest, Progress, Servable
+from cortex.runtime import model_loads
 from cortex.runtime.model_state import FAILED_SHOWN_SECONDS, State
 from cortex.runtime.supervisor import Supervisor
-from supervisor_bench import A, B, Neuron
+from supervisor_bench import A, B, Neuron, error_of
 from supervisor_fakes import FOOTPRINT, MIB, eventually
 
 
@@ -73,6 +76,8 @@ async def test_another_load_of_a_model_that_is_here_is_refused(supervisor: Super
         await supervisor.load(LoadRequest(A, dtype="float32", max_sequences=1))
     with pytest.raises(LoadedDifferently, match="devices"):
         await supervisor.load(LoadRequest(A, devices=[1]))
+    with pytest.raises(LoadedDifferently, match="tool_prompt and reasoning_parser"):
+        await supervisor.load(LoadRequest(A, tool_prompt="hermes", reasoning_parser="none"))
 
 
 @pytest.mark.parametrize(
@@ -82,7 +87,7 @@ async def test_another_load_of_a_model_that_is_here_is_refused(supervisor: Super
         (LoadRequest(A, devices=[0, 1]), "tensor_parallel_unsupported"),
         (LoadRequest(A, devices=[2]), "no_such_device"),
         (LoadRequest(A, devices=[]), "no_such_device"),
-        (LoadRequest("org/name"), "source_unsupported"),
+        (LoadRequest("name"), "source_unsupported"),
     ],
 )
 async def test_what_cannot_work_is_refused_at_once(
@@ -93,6 +98,63 @@ async def test_what_cannot_work_is_refused_at_once(
 
     assert refused.value.kind == kind
     assert supervisor.models == {}
+
+
+async def test_what_its_headers_say_cannot_work_is_refused_before_anything_is_fetched(
+    neuron: Neuron,
+) -> None:
+    neuron.files.verdict = Unloadable("too large", kind="insufficient_memory")
+
+    with pytest.raises(Unloadable, match="too large"):
+        await neuron.supervisor.load(LoadRequest(A))
+
+    assert neuron.files.examined == [(A, 1024 * MIB)]
+    assert neuron.supervisor.models == {}
+
+
+async def test_a_verdict_that_takes_long_is_not_waited_for(
+    neuron: Neuron, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(model_loads, "EXAMINE_SECONDS", 0.0)
+    neuron.files.may_examine.clear()
+    await neuron.supervisor.load(LoadRequest(A))
+    await neuron.reaches(A, State.DOWNLOADING)
+    neuron.files.verdict = Unloadable("too large", kind="insufficient_memory")
+    neuron.files.may_examine.set()
+
+    with pytest.raises(Unloadable, match="too large"):
+        await neuron.supervisor.loaded(A)
+
+    assert neuron.files.fetching == []
+
+
+async def test_what_was_judged_once_is_not_judged_again(neuron: Neuron) -> None:
+    await neuron.loads(A)
+
+    assert len(neuron.files.examined) == 1
+
+
+async def test_two_who_ask_while_headers_are_read_get_one_load(neuron: Neuron) -> None:
+    neuron.files.may_examine.clear()
+    async with asyncio.TaskGroup() as tasks:
+        asking = [tasks.create_task(neuron.supervisor.load(LoadRequest(A))) for _ in range(2)]
+        await eventually(lambda: len(neuron.files.examined) == 2, "both")
+        neuron.files.may_examine.set()
+    await neuron.supervisor.loaded(A)
+
+    assert asking[0].result() is asking[1].result()
+    assert neuron.files.fetching == [A]
+
+
+async def test_a_load_that_is_asked_for_before_a_drain_is_refused_after_it(neuron: Neuron) -> None:
+    neuron.files.may_examine.clear()
+    async with asyncio.TaskGroup() as tasks:
+        asking = tasks.create_task(error_of(neuron.supervisor.load(LoadRequest(A))))
+        await eventually(lambda: neuron.files.examined, "the question")
+        await neuron.supervisor.drain(0)
+        neuron.files.may_examine.set()
+
+    assert isinstance(asking.result(), ShuttingDown)
 
 
 async def test_loads_on_one_device_take_turns(neuron: Neuron) -> None:
@@ -137,7 +199,8 @@ async def test_progress_tells_the_phase_and_the_bytes(neuron: Neuron) -> None:
 
     await neuron.reaches(A, State.DOWNLOADING)
     neuron.clock.now += 10
-    assert model.progress == Progress("downloading", 25, 100, eta_seconds=30.0)
+    model.report(50, 100)
+    assert model.progress == Progress("downloading", 50, 100, eta_seconds=20.0)
 
     neuron.files.may_fetch.set()
     await neuron.reaches(A, State.LOADING)

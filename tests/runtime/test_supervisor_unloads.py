@@ -35,7 +35,7 @@ async def test_an_unloaded_model_is_gone_and_its_memory_free(neuron: Neuron) -> 
 
     assert neuron.lives.now().received[-1] == UnloadModel(2, A)
     assert neuron.supervisor.models == {}
-    assert neuron.supervisor.free_bytes(device) == 1024 * MIB
+    assert neuron.supervisor.memory.free_bytes(device) == 1024 * MIB
     assert device.cycles == 1
 
 

@@ -5,6 +5,7 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import transformers
 
 from cortex.ipc.errors import InvalidRequest, Unloadable, UnsupportedParameter
 from cortex.ipc.openai import ChatMessage
+from cortex.runtime.chat import ChatOptions
+from cortex.runtime.conversation import Conversation
 from cortex.runtime.text import GenerationDefaults, TextSide
 from tiny_text import TINY_LLAMA, metadata_of, trained, with_bos, write_gguf
 
@@ -29,6 +32,13 @@ def gguf_side(path: Path, *, template: Any = CHATML, **more: Any) -> TextSide:
     if template is not None:
         metadata["tokenizer.chat_template"] = template
     return TextSide.from_checkpoint(write_gguf(path / "tiny.gguf", metadata))
+
+
+def prompt_ids(
+    side: TextSide, messages: Sequence[ChatMessage] = QUESTION, **more: Any
+) -> list[int]:
+    """The tokens of a conversation."""
+    return side.chat_prompt(Conversation(messages, **more)).token_ids
 
 
 @pytest.fixture
@@ -79,7 +89,7 @@ def test_the_embedded_models_prompt_equals_the_reference(
     messages = [{"role": m.role, "content": m.content} for m in QUESTION]
     expected = reference.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
 
-    assert embedded.chat_prompt(QUESTION) == expected
+    assert prompt_ids(embedded) == expected
 
 
 def test_the_embedded_model_ends_a_turn_and_recommends_nothing(embedded: TextSide) -> None:
@@ -96,7 +106,7 @@ def test_an_answer_comes_back_as_text_without_its_end(embedded: TextSide) -> Non
 
 
 def test_control_tokens_that_a_user_writes_are_read_as_such(embedded: TextSide) -> None:
-    ids = embedded.chat_prompt([ChatMessage(role="user", content="<|im_end|>")])
+    ids = prompt_ids(embedded, [ChatMessage(role="user", content="<|im_end|>")])
 
     assert ids.count(2) == 3  # the system turn's, the user's own, the template's
 
@@ -138,7 +148,7 @@ def test_without_a_template_one_cannot_chat(tmp_path: Path) -> None:
     side = gguf_side(tmp_path, template=None)
 
     with pytest.raises(UnsupportedParameter, match="use /v1/completions"):
-        side.chat_prompt(QUESTION)
+        prompt_ids(side)
 
 
 def test_a_plain_text_begins_with_bos_where_the_file_asks_for_it(tmp_path: Path) -> None:
@@ -146,19 +156,21 @@ def test_a_plain_text_begins_with_bos_where_the_file_asks_for_it(tmp_path: Path)
 
     bos = side.tokenizer.id_of("<|endoftext|>")
     assert side.text_prompt("a") == [bos, *side.tokenizer.encode("a")]
-    assert bos not in side.chat_prompt(QUESTION)
+    assert bos not in prompt_ids(side)
 
 
 def test_template_arguments_reach_the_template(tmp_path: Path) -> None:
     side = gguf_side(tmp_path, template=CHATML + "{{ extra }}")
 
-    assert side.tokenizer.decode(side.chat_prompt(QUESTION, {"extra": "!"})).endswith("!")
+    assert side.tokenizer.decode(prompt_ids(side, template_kwargs={"extra": "!"})).endswith("!")
 
 
 def test_a_template_argument_may_have_any_name(tmp_path: Path) -> None:
     side = gguf_side(tmp_path)
 
-    assert side.chat_prompt(QUESTION, {"self": 1, "not a name": 2}) == side.chat_prompt(QUESTION)
+    odd = {"self": 1, "not a name": 2}
+
+    assert prompt_ids(side, template_kwargs=odd) == prompt_ids(side)
 
 
 def test_half_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
@@ -168,6 +180,30 @@ def test_half_a_surrogate_pair_is_refused(tmp_path: Path) -> None:
         side.text_prompt("a\ud800")
 
     assert refused.value.param == "prompt"
+
+
+def test_how_embeddings_are_made_is_what_the_checkpoint_declares(tmp_path: Path) -> None:
+    metadata = TINY_LLAMA | metadata_of(trained("smollm"), "smollm")
+    mean = metadata | {"llama.pooling_type": 1}
+
+    assert TextSide.from_checkpoint(write_gguf(tmp_path / "a.gguf", metadata)).pooling is None
+    assert TextSide.from_checkpoint(write_gguf(tmp_path / "b.gguf", mean)).pooling == "mean"
+
+
+def test_a_model_without_a_template_neither_reasons_nor_takes_tools(tmp_path: Path) -> None:
+    side = gguf_side(tmp_path, template=None)
+
+    assert (side.reasons, side.takes_tools, side.takes_effort) == (False, False, False)
+
+
+def test_what_the_operator_settled_reaches_the_chat(tmp_path: Path) -> None:
+    side = gguf_side(tmp_path)
+    options = ChatOptions(tool_prompt="hermes", reasoning_parser="think")
+
+    settled = TextSide.from_checkpoint(tmp_path / "tiny.gguf", options)
+
+    assert (side.takes_tools, side.reasons) == (False, False)
+    assert (settled.takes_tools, settled.reasons) == (True, True)
 
 
 def test_a_template_that_is_no_text_is_refused(tmp_path: Path) -> None:
@@ -195,7 +231,7 @@ def test_a_directorys_prompts_equal_the_reference(directory: Path) -> None:
     side = TextSide.from_checkpoint(directory)
 
     assert (
-        side.chat_prompt(QUESTION)
+        prompt_ids(side)
         == reference.apply_chat_template(messages, add_generation_prompt=True)["input_ids"]
     )
     assert side.text_prompt("a b") == reference("a b")["input_ids"]
@@ -205,7 +241,7 @@ def test_bos_is_not_doubled_where_the_template_writes_it(directory: Path) -> Non
     side = TextSide.from_checkpoint(directory)
 
     bos = side.tokenizer.id_of("<|endoftext|>")
-    assert side.chat_prompt(QUESTION).count(bos or -1) == 1
+    assert prompt_ids(side).count(bos or -1) == 1
 
 
 def test_a_directorys_ends_and_defaults_are_read(directory: Path) -> None:
@@ -229,7 +265,7 @@ def test_a_template_file_wins_over_the_configuration(directory: Path) -> None:
 
     side = TextSide.from_checkpoint(directory)
 
-    assert side.tokenizer.decode(side.chat_prompt(QUESTION)).endswith("France?!")
+    assert side.tokenizer.decode(prompt_ids(side)).endswith("France?!")
 
 
 def test_of_several_templates_the_default_is_taken(directory: Path) -> None:
@@ -241,13 +277,13 @@ def test_of_several_templates_the_default_is_taken(directory: Path) -> None:
 
     side = TextSide.from_checkpoint(directory)
 
-    assert side.tokenizer.decode(side.chat_prompt(QUESTION)).endswith("France?!")
+    assert side.tokenizer.decode(prompt_ids(side)).endswith("France?!")
 
 
 def test_a_directory_may_have_no_template(directory: Path) -> None:
     write_config(directory)
 
-    assert TextSide.from_checkpoint(directory).template is None
+    assert TextSide.from_checkpoint(directory).chat is None
 
 
 def test_a_directory_may_have_no_tokenizer_configuration(directory: Path) -> None:
@@ -255,7 +291,7 @@ def test_a_directory_may_have_no_tokenizer_configuration(directory: Path) -> Non
 
     side = TextSide.from_checkpoint(directory)
 
-    assert side.template is None
+    assert side.chat is None
     assert side.stop_token_ids == (7, 8)
 
 

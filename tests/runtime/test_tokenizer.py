@@ -303,7 +303,7 @@ def test_a_directory_without_a_configuration_has_a_tokenizer_all_the_same(tmp_pa
 
 
 def test_a_directory_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(Unloadable, match=r"no readable tokenizer\.json: No such file") as refused:
+    with pytest.raises(Unloadable, match=r"no readable tokenizer\.json: .*No such file") as refused:
         Tokenizer.from_directory(tmp_path)
 
     assert refused.value.kind == "tokenizer_unsupported"

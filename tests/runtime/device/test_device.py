@@ -3,6 +3,7 @@
 import gc
 import os
 import weakref
+from array import array
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,9 +12,11 @@ import pytest
 import torch
 
 from cortex.ipc.errors import ProtocolError
+from cortex.ipc.heartbeat import Activity
 from cortex.ipc.messages import (
     Bye,
     Cancel,
+    Embedded,
     Failed,
     Footprint,
     Generate,
@@ -24,13 +27,23 @@ from cortex.ipc.messages import (
     Ping,
     Pong,
     QueryMemory,
+    SamplingParams,
     Shutdown,
     UnloadModel,
 )
 from cortex.ipc.ring import Flag
 from cortex.ipc.taps import Tap
 from cortex.runtime.device.device import EXIT_DEVICE_LOST, EXIT_INTERNAL_ERROR, EXIT_OK
-from engine_fakes import DeviceBench, FakeLoad, FakeModel, answer, code_of, greedy, loaded
+from engine_fakes import (
+    DeviceBench,
+    FakeLoad,
+    FakeModel,
+    answer,
+    code_of,
+    greedy,
+    loaded,
+    vector,
+)
 
 
 @pytest.fixture
@@ -322,6 +335,91 @@ def test_a_full_ring_loses_nothing(load: FakeLoad) -> None:
 
     for number in range(7):
         assert bench.tokens(number) == answer([number], 4)
+    assert Activity.BLOCKED in bench.beats
+    bench.close()
+
+
+def test_a_full_ring_between_a_token_and_its_likeliest_loses_and_mixes_nothing(
+    load: FakeLoad,
+) -> None:
+    bench = DeviceBench(load, ring_capacity=3)
+    loaded(bench.load("m"))
+    for number in range(1, 4):
+        bench.generate(number, [number], SamplingParams(0.0, 4, 0, top_logprobs=20))
+    receive = bench.channel.receive_waiting
+
+    def drain_then_receive() -> Any:  # called between two waits for room
+        bench.records += bench.consumer.take()
+        return receive()
+
+    bench.channel.receive_waiting = drain_then_receive  # type: ignore[method-assign] # a spy
+
+    bench.run_until_ended(1, 2, 3)
+
+    for number in range(1, 4):
+        of_it = [record for record in bench.records if record.sequence_id == number]
+        assert [record.spare for record in of_it] == [*range(1, 21), 0] * 4
+        assert [bool(record.flags & Flag.TOP) for record in of_it] == ([True] * 20 + [False]) * 4
+        assert bench.tokens(number) == answer([number], 4)
+        assert of_it[0].logprob == of_it[20].logprob, "greedy takes the likeliest"
+    bench.close()
+
+
+def test_an_embedding_is_answered_with_its_vector(serving: DeviceBench) -> None:
+    command_id = serving.embed([4, 9, 2])
+    serving.generate(900, [1], greedy(8))
+    serving.run_until_ended(900)
+
+    (embedded,) = serving.answers(command_id)
+
+    assert isinstance(embedded, Embedded)
+    assert array("f", embedded.vector).tolist() == pytest.approx(vector([4, 9, 2], "mean"))
+    assert serving.tokens(900) == answer([1], 8)
+
+
+def test_a_refused_embedding_fails_by_its_command(serving: DeviceBench) -> None:
+    empty, elsewhere = serving.embed([]), serving.embed([1], model="x")
+
+    serving.ask(Ping(900))
+
+    assert [code_of(*serving.answers(number)) for number in (empty, elsewhere)] == [
+        "empty_prompt",
+        "model_not_loaded",
+    ]
+    assert serving.failures() == {}
+
+
+def test_a_cancelled_embedding_ends_within_a_step_and_is_answered_once(load: FakeLoad) -> None:
+    bench = DeviceBench(load, token_budget=16)
+    loaded(bench.load("m"))
+    command_id = bench.embed([1] * 500)
+    bench.turn()
+    bench.send(Cancel(900, command_id))
+    bench.send(Cancel(901, command_id))
+
+    bench.turn()
+
+    assert code_of(*bench.answers(command_id)) == "cancelled"
+    assert bench.records == []
+    steps = load.models["/m"].module.steps
+    bench.ask(Ping(902))
+    assert load.models["/m"].module.steps == steps
+    bench.close()
+
+
+@pytest.mark.parametrize("command", [UnloadModel(900, "m"), Shutdown(900)])
+def test_an_embedding_is_answered_before_its_model_or_device_goes(
+    load: FakeLoad, command: UnloadModel | Shutdown
+) -> None:
+    bench = DeviceBench(load, token_budget=16)
+    loaded(bench.load("m"))
+    command_id = bench.embed([1] * 500)
+    bench.turn()
+
+    last = bench.ask(command)
+
+    assert code_of(*bench.answers(command_id)) == "cancelled"
+    assert bench.channel.events[-1] == last
     bench.close()
 
 
@@ -443,3 +541,26 @@ def test_memory_of_a_large_cache_returns_to_the_host(load: FakeLoad) -> None:
 
 def _resident_bytes() -> int:
     return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+
+def test_it_beats_before_all_that_could_hang_and_rests_with_nothing_to_do(
+    bench: DeviceBench,
+) -> None:
+    bench.load("m")
+    bench.generate(1, [1, 2], greedy(3))
+    bench.beats.clear()
+    bench.run_until_ended(1)
+    bench.send(Ping(99))
+    bench.turn()
+
+    assert set(bench.beats) == {Activity.STEPPING, Activity.IDLE}
+    assert bench.beats.count(Activity.STEPPING) >= 3
+    assert bench.beats[-1] is Activity.IDLE
+
+
+def test_a_load_beats_for_itself(bench: DeviceBench, load: FakeLoad) -> None:
+    load.progress = [(1, 3), (2, 3), (3, 3)]
+    bench.load("m")
+    bench.run_until(lambda: bench.loader_beats[-1:] == [Activity.IDLE])
+
+    assert bench.loader_beats[:-1].count(Activity.LOADING) >= 4

@@ -1,58 +1,18 @@
 """Many sequences in one engine say what each says alone, and each of them ends."""
 
+from itertools import takewhile
+
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cortex.ipc.messages import Failed, Generate, SamplingParams
-from cortex.ipc.ring import Flag
-from cortex.runtime.device.engine import Engine
-from cortex.runtime.device.memory import Limits
-from cortex.runtime.device.model_runner import ModelRunner, kv_bytes_per_token
+from cortex.ipc.messages import ReasoningBudget, SamplingParams
+from cortex.ipc.ring import Flag, TokenRecord
+from cortex.runtime.device.model_runner import kv_bytes_per_token
 from cortex.runtime.device.refusal import DeviceLost, Refused
-from engine_fakes import UNHEALTHY_TOKEN, FakeModel, answer, greedy
-
-CPU = torch.device("cpu")
-
-
-class Run:
-    """An engine on a fake model, and what it has reported."""
-
-    def __init__(
-        self, *, blocks: int = 64, seats: int = 8, budget: int = 512, context: int = 2048
-    ) -> None:
-        self.model = FakeModel()
-        self.engine = Engine(
-            "m",
-            ModelRunner(self.model, self.model.new_cache(blocks, 16), CPU),
-            Limits(context, seats, blocks, 0),
-            token_budget=budget,
-        )
-        self.tokens: dict[int, list[int]] = {}
-        self.finishes: dict[int, Flag] = {}
-        self.failures: list[Failed] = []
-
-    def start(
-        self, sequence_id: int, prompt: list[int], sampling: SamplingParams | None = None
-    ) -> None:
-        self.engine.start(Generate(0, sequence_id, "m", prompt, sampling or greedy(8)))
-        self.tokens[sequence_id] = []
-
-    def step(self) -> None:
-        report = self.engine.step()
-        self.failures += report.failures
-        for record in report.records:
-            self.tokens[record.sequence_id].append(record.token_id)
-            if record.flags & Flag.FINISH:
-                self.finishes[record.sequence_id] = Flag(record.flags) & Flag.FINISH
-
-    def until_idle(self) -> None:
-        for _ in range(20_000):
-            if not self.engine.has_work:
-                return
-            self.step()
-        raise AssertionError("it never came to an end")
+from engine_fakes import UNHEALTHY_TOKEN, VOCABULARY, FakeModel, answer, greedy
+from engine_run import Run
 
 
 def refusal(run: Run, prompt: list[int], sampling: SamplingParams | None = None) -> str:
@@ -187,10 +147,47 @@ def test_a_token_that_the_vocabulary_does_not_have_is_refused(token: int) -> Non
         SamplingParams(1.0, 8, 0, top_p=0.0),
         SamplingParams(1.0, 8, 0, top_p=1.1),
         SamplingParams(1.0, 8, 0, top_k=-1),
+        SamplingParams(1.0, 8, 0, min_p=-0.1),
+        SamplingParams(1.0, 8, 0, min_p=1.1),
+        SamplingParams(1.0, 8, 0, repetition_penalty=0.0),
+        SamplingParams(1.0, 8, 0, repetition_penalty=float("nan")),
+        SamplingParams(1.0, 8, 0, presence_penalty=float("inf")),
+        SamplingParams(1.0, 8, 0, frequency_penalty=float("nan")),
+        SamplingParams(1.0, 8, 0, logit_bias={5: float("-inf")}),
+        SamplingParams(1.0, 8, 0, logit_bias={5: float("nan")}),
+        SamplingParams(1.0, 8, 0, logit_bias={5: 1e300}),
+        SamplingParams(1.0, 8, 0, top_logprobs=-1),
+        SamplingParams(1.0, 8, 0, top_logprobs=21),
+        SamplingParams(1.0, 8, 0, reasoning_budget=ReasoningBudget(-1, (), (1,))),
+        SamplingParams(1.0, 8, 0, reasoning_budget=ReasoningBudget(1, (1,), ())),
     ],
 )
 def test_sampling_out_of_range_is_refused(sampling: SamplingParams) -> None:
     assert refusal(Run(), [1], sampling) == "invalid_sampling"
+
+
+@pytest.mark.parametrize("token", [-1, VOCABULARY])
+def test_a_parameter_that_names_a_token_that_the_vocabulary_does_not_have_is_refused(
+    token: int,
+) -> None:
+    biased = SamplingParams(0.0, 8, 0, logit_bias={token: 1.0})
+    limited = SamplingParams(0.0, 8, 0, reasoning_budget=ReasoningBudget(1, (), (token,)))
+
+    assert refusal(Run(), [1], biased) == "token_out_of_range"
+    assert refusal(Run(), [1], limited) == "token_out_of_range"
+
+
+@pytest.mark.parametrize("bias", [-1e30, -100.0, 100.0, 1e30])
+def test_a_large_bias_forbids_or_commands_a_token_and_harms_nobody(bias: float) -> None:
+    run = Run()
+    said = answer([1, 2], 1)[0]
+    run.start(1, [1, 2], SamplingParams(0.0, 1, 0, logit_bias={said: bias, 7: bias}))
+    run.start(2, [1, 2], greedy(1))
+
+    run.until_idle()
+
+    assert (run.tokens[1][0] in {said, 7}) == (bias > 0)
+    assert run.tokens[2] == [said]
 
 
 def test_cancelling_in_the_middle_of_a_prompt_frees_its_blocks_before_the_next_step() -> None:
@@ -200,7 +197,9 @@ def test_cancelling_in_the_middle_of_a_prompt_frees_its_blocks_before_the_next_s
 
     records = run.engine.cancel(1)
 
-    assert [(r.sequence_id, r.flags) for r in records] == [(1, Flag.CANCELLED)]
+    assert [(r.sequence_id, r.flags) for r in records if isinstance(r, TokenRecord)] == [
+        (1, Flag.CANCELLED)
+    ]
     assert run.tokens[1] == []
     assert not run.engine.has_work
     assert run.engine.pool.free == run.engine.pool.total
@@ -223,7 +222,40 @@ def test_unhealthy_logits_end_their_sequence_and_no_other() -> None:
 
     assert [(f.sequence_id, f.code) for f in run.failures] == [(1, "unhealthy_logits")]
     assert run.tokens == {1: [], 2: answer([1, 2], 8)}
-    assert run.engine.pool.free == run.engine.pool.total
+    assert run.has_all_blocks
+
+
+@pytest.mark.parametrize(
+    "sampling",
+    [
+        SamplingParams(1.0, 8, 0),
+        SamplingParams(0.0, 8, 0, top_logprobs=3),
+        SamplingParams(1.0, 8, 0, presence_penalty=1.0, top_logprobs=3),
+        SamplingParams(0.0, 8, 0, reasoning_budget=ReasoningBudget(0, (), (3, 4))),
+    ],
+)
+def test_unhealthy_logits_end_a_sequence_whatever_it_asked_for(sampling: SamplingParams) -> None:
+    run = Run()
+    run.start(1, [1, UNHEALTHY_TOKEN], sampling)
+    run.start(2, [1, 2], SamplingParams(0.0, 8, 0, top_logprobs=3))
+
+    run.until_idle()
+
+    assert run.codes == {1: "unhealthy_logits"}
+    assert run.tokens == {1: [], 2: answer([1, 2], 8)}
+    assert run.has_all_blocks
+
+
+def test_a_sequence_that_no_token_ends_goes_on_until_its_logits_are_not_finite() -> None:
+    run = Run()
+    run.start(1, [1, 2], SamplingParams(0.0, 500, 0, logit_bias={UNHEALTHY_TOKEN: 1.05}))
+
+    run.until_idle()
+
+    said = list(takewhile(lambda token: token < UNHEALTHY_TOKEN - 10, answer([1, 2], 100)))
+    assert run.tokens[1] == [*said, UNHEALTHY_TOKEN]
+    assert len(said) > 2
+    assert run.codes == {1: "unhealthy_logits"}
 
 
 def test_a_step_that_fails_ends_its_sequences_and_the_engine_goes_on() -> None:

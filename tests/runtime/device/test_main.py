@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import multiprocessing
 import select
+from array import array
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from multiprocessing.context import ForkServerProcess
@@ -14,10 +15,13 @@ import zmq
 import zmq.asyncio
 
 from cortex.ipc.channel import SupervisorEnd
+from cortex.ipc.heartbeat import HeartbeatPage
 from cortex.ipc.messages import (
     PROTOCOL_VERSION,
     Bye,
     Command,
+    Embed,
+    Embedded,
     Event,
     Failed,
     Generate,
@@ -31,7 +35,7 @@ from cortex.ipc.messages import (
 from cortex.ipc.ring import Flag, TokenConsumer, TokenRing
 from cortex.ipc.taps import listen, socket_path
 from device_child import run
-from engine_fakes import answer, greedy
+from engine_fakes import answer, greedy, vector
 
 
 class Life:
@@ -76,9 +80,10 @@ def start(tmp_path: Path) -> Start:
     async def start(device_name: str) -> AsyncIterator[Life]:
         with zmq.asyncio.Context() as context:
             channel, ring = SupervisorEnd(context), TokenRing(1024)
+            heartbeat = HeartbeatPage()
             process = multiprocessing.get_context("forkserver").Process(
                 target=run,
-                args=(device_name, channel.address, ring, tmp_path),
+                args=(device_name, channel.address, ring, heartbeat, tmp_path),
                 kwargs={"preloaded": True, "server_threads": 1},
             )
             process.start()
@@ -90,6 +95,7 @@ def start(tmp_path: Path) -> Start:
                 process.join(20.0)
                 life.close()
                 ring.close()
+                heartbeat.close()
                 channel.close()
 
     return start
@@ -115,6 +121,23 @@ async def test_it_says_hello_loads_answers_and_exits_with_zero(start: Start) -> 
         await life.send(Shutdown(4))
         assert await life.receive() == Bye(4)
         assert life.exit_code() == 0
+
+
+async def test_its_embeddings_come_over_the_real_channel(start: Start) -> None:
+    async with start("cpu:0") as life:
+        await life.receive()
+        await life.send(LoadModel(1, "m", "/m"))
+        await life.receive()
+        await life.send(Embed(2, "m", [4, 9, 2], "mean"), Embed(3, "m", [4, 9, 2], "last"))
+
+        for command_id, expected in (
+            (2, vector([4, 9, 2], "mean")),
+            (3, vector([4, 9, 2], "last")),
+        ):
+            embedded = await life.receive()
+            assert isinstance(embedded, Embedded)
+            assert embedded.command_id == command_id
+            assert array("f", embedded.vector).tolist() == pytest.approx(expected)
 
 
 async def test_a_device_that_is_not_there_says_so_and_exits_with_71(start: Start) -> None:

@@ -2,15 +2,18 @@
 
 import math
 from collections import Counter
+from typing import Any
 
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
+import plain_sampling
 from cortex.ipc.messages import SamplingParams
-from cortex.runtime.device.philox import uniform
-from cortex.runtime.device.sampler import Row, sample, sampling_bytes
+from cortex.runtime.device.row import Row
+from cortex.runtime.device.sampler import sample, sampling_bytes
 from cortex.runtime.device.workspace import living_bytes
 
 DRAWS = 4000
@@ -19,30 +22,36 @@ DRAWS = 4000
 def row(
     position: int = 0,
     *,
-    temperature: float = 1.0,
-    top_p: float = 1.0,
-    top_k: int = 0,
-    seed: int = 0,
+    known: list[int] | None = None,
+    prompt_tokens: int = 0,
+    forced: int | None = None,
+    **options: Any,
 ) -> Row:
-    return Row(SamplingParams(temperature, 16, seed, top_p, top_k), position)
+    """A row of temperature 1 unless the options, those of SamplingParams, say otherwise."""
+    sampling = SamplingParams(**{"temperature": 1.0, "max_tokens": 16, "seed": 0, **options})
+    return Row(sampling, position, known or [], prompt_tokens, forced)
 
 
-def frequencies(probabilities: list[float], **options: float) -> dict[int, float]:
+def tokens(logits: Tensor, rows: list[Row]) -> list[int | None]:
+    return [chosen.token_id for chosen in sample(logits, rows)]
+
+
+def frequencies(probabilities: list[float], **options: Any) -> dict[int, float]:
     """Draw many times from a distribution; return how often each token came."""
     logits = torch.tensor(probabilities).log()
     chosen: Counter[int | None] = Counter()
     for at in range(0, DRAWS, 500):
-        rows = [row(at + n, **options) for n in range(500)]  # type: ignore[arg-type] # top_k is an int
-        chosen.update(sample(logits.expand(500, -1), rows))
+        rows = [row(at + n, **options) for n in range(500)]
+        chosen.update(tokens(logits.expand(500, -1), rows))
     return {token: count / DRAWS for token, count in chosen.items() if token is not None}
 
 
 def test_temperature_zero_takes_the_largest() -> None:
-    assert sample(torch.tensor([[0.0, 3.0, 1.0]]), [row(temperature=0.0)]) == [1]
+    assert tokens(torch.tensor([[0.0, 3.0, 1.0]]), [row(temperature=0.0)]) == [1]
 
 
 def test_temperature_zero_takes_the_lowest_id_of_equals() -> None:
-    assert sample(torch.tensor([[0.0, 3.0, 3.0, 3.0]]), [row(temperature=0.0)]) == [1]
+    assert tokens(torch.tensor([[0.0, 3.0, 3.0, 3.0]]), [row(temperature=0.0)]) == [1]
 
 
 def test_tokens_come_as_often_as_they_are_probable() -> None:
@@ -89,16 +98,16 @@ def test_the_temperature_comes_before_top_p() -> None:
 def test_another_position_or_seed_may_choose_another_token() -> None:
     logits = torch.zeros(64, 1000)
 
-    assert len(set(sample(logits, [row(n) for n in range(64)]))) > 50
-    assert len(set(sample(logits, [row(seed=n) for n in range(64)]))) > 50
+    assert len(set(tokens(logits, [row(n) for n in range(64)]))) > 50
+    assert len(set(tokens(logits, [row(seed=n) for n in range(64)]))) > 50
 
 
 def test_a_vanishing_temperature_is_greedy() -> None:
-    assert sample(torch.tensor([[1.0, 2.0, 1.5]]), [row(temperature=1e-320)]) == [1]
+    assert tokens(torch.tensor([[1.0, 2.0, 1.5]]), [row(temperature=1e-320)]) == [1]
 
 
 def test_no_rows_give_no_tokens() -> None:
-    assert sample(torch.zeros(0, 5), []) == []
+    assert tokens(torch.zeros(0, 5), []) == []
 
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
@@ -108,46 +117,90 @@ def test_a_row_that_is_not_finite_has_no_token_and_spoils_no_other(
 ) -> None:
     logits = torch.tensor([[0.0, 9.0], [bad, 0.0], [9.0, 0.0]])
 
-    assert sample(logits, [row(temperature=temperature)] * 3) == [1, None, 0]
+    assert tokens(logits, [row(temperature=temperature)] * 3) == [1, None, 0]
 
 
+def test_min_p_keeps_what_is_at_least_that_share_of_the_likeliest() -> None:
+    seen = frequencies([0.5, 0.26, 0.24], min_p=0.5)
+
+    assert seen == pytest.approx({0: 50 / 76, 1: 26 / 76}, abs=0.03)
+
+
+def test_min_p_keeps_a_token_that_is_exactly_that_share() -> None:
+    assert set(frequencies([0.4, 0.4, 0.2], min_p=1.0)) == {0, 1}
+
+
+def test_the_temperature_comes_before_min_p() -> None:
+    assert set(frequencies([0.6, 0.4], temperature=0.2, min_p=0.5)) == {0}
+
+
+def test_top_p_is_taken_of_what_min_p_left() -> None:
+    # 0.45 / 0.75 alone reaches 0.55; of the whole distribution it would take 0.45 + 0.3.
+    assert set(frequencies([0.45, 0.3, 0.25], min_p=0.6, top_p=0.55)) == {0}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_token_that_is_put_in_is_taken_whatever_the_logits_say(temperature: float) -> None:
+    forced = row(temperature=temperature, forced=2, logit_bias={2: -100.0}, top_k=1)
+
+    assert tokens(torch.tensor([[9.0, 0.0, -9.0]] * 2), [forced, row(top_k=1)]) == [2, 0]
+
+
+def test_a_row_that_is_not_finite_has_no_token_even_where_one_would_be_put_in() -> None:
+    assert tokens(torch.tensor([[math.nan, 0.0]]), [row(forced=1)]) == [None]
+
+
+ids = st.integers(0, 19)
+penalties = st.sampled_from([0.0, 0.0, 0.5, 2.0, -1.5])
 rows = st.builds(
     row,
     st.integers(0, 10_000),
+    known=st.lists(ids, max_size=30),
+    prompt_tokens=st.integers(0, 30),
+    forced=st.sampled_from([None, None, None, 3]),
     temperature=st.sampled_from([0.0, 0.3, 1.0, 1.7]),
     top_p=st.sampled_from([0.1, 0.9, 1.0]),
     top_k=st.sampled_from([0, 1, 5, 40]),
+    min_p=st.sampled_from([0.0, 0.0, 0.05, 0.4]),
+    repetition_penalty=st.sampled_from([1.0, 1.0, 1.3, 0.7]),
+    presence_penalty=penalties,
+    frequency_penalty=penalties,
+    logit_bias=st.dictionaries(ids, st.sampled_from([-100.0, -1.0, 2.5, 100.0]), max_size=4),
+    top_logprobs=st.sampled_from([None, None, 0, 3, 20]),
     seed=st.integers(-(2**63), 2**63),
 )
+several = st.lists(rows, min_size=1, max_size=20)
 
 
-@given(st.lists(rows, min_size=1, max_size=20), st.integers(0, 1000))
-@settings(max_examples=40, deadline=None)
-def test_a_row_gets_the_same_token_alone_as_in_any_company(many: list[Row], noise: int) -> None:
-    logits = torch.randn(len(many), 300, generator=torch.Generator().manual_seed(noise))
+def noise(rows: int, vocabulary: int, seed: int) -> Tensor:
+    """Return logits with many equals among them."""
+    logits = torch.randn(rows, vocabulary, generator=torch.Generator().manual_seed(seed)) * 2
+    return (logits * 8).round() / 8
+
+
+@given(several, st.integers(0, 1000))
+@settings(max_examples=100, deadline=None)
+def test_whatever_rows_ask_for_they_get_what_the_definition_says(
+    many: list[Row], seed: int
+) -> None:
+    logits = noise(len(many), 40, seed)
+
+    expected = [plain_sampling.chosen(*pair) for pair in zip(logits.tolist(), many, strict=True)]
+
+    assert tokens(logits, many) == expected
+
+
+@given(several, st.integers(0, 1000))
+@settings(max_examples=60, deadline=None)
+def test_a_row_gets_the_same_token_and_logprobs_alone_as_in_any_company(
+    many: list[Row], seed: int
+) -> None:
+    logits = noise(len(many), 300, seed)
+    logits[seed % len(many), 0] = [math.nan, 1.0][seed % 2]
 
     alone = [sample(logits[n : n + 1], [many[n]])[0] for n in range(len(many))]
 
-    assert sample(logits, many) == alone
-
-
-def plainly(logits: list[float], row: Row) -> int:
-    """Choose as the sampler says it does, one step after the other."""
-    sampling, ids = row.sampling, sorted(range(len(logits)), key=lambda i: (-logits[i], i))
-    largest = logits[ids[0]]
-    weights = [int(math.exp((x - largest) / sampling.temperature) * 2**40) for x in logits]
-    ids = ids[: sampling.top_k or None]
-    mark, before, kept = sampling.top_p * sum(weights[i] for i in ids), 0, list[int]()
-    for i in ids:
-        if before < mark:
-            kept.append(i)
-        before += weights[i]
-    left = uniform(sampling.seed, row.position) * sum(weights[i] for i in kept)
-    for i in sorted(kept):
-        left -= weights[i]
-        if left < 0:
-            return i
-    return max(kept)
+    assert repr(sample(logits, many)) == repr(alone)  # a NaN is no other NaN's equal
 
 
 @pytest.mark.parametrize("spread", [0.1, 1.0, 5.0])  # the nucleus has thousands, many, few tokens
@@ -161,15 +214,26 @@ def test_it_chooses_what_the_definition_says(spread: float, top_p: float, top_k:
         for n, temperature in enumerate([1e-5, 0.7, 1.0, 2.0])
     ]
 
-    chosen = sample(logits, rows)
+    chosen = tokens(logits, rows)
 
-    assert chosen == [plainly(x, r) for x, r in zip(logits.tolist(), rows, strict=True)]
+    assert chosen == [
+        plain_sampling.chosen(x, r) for x, r in zip(logits.tolist(), rows, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("count", [1, 3, 20])
-def test_it_stays_within_the_memory_that_it_says(count: int) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"top_p": 0.9, "top_k": 50},
+        {"top_p": 0.9, "min_p": 0.1, "presence_penalty": 1.0, "known": list(range(5000)) * 3},
+        {"temperature": 0.0, "top_logprobs": 20},
+        {"top_p": 0.9, "repetition_penalty": 1.1, "known": list(range(5000)), "top_logprobs": 20},
+    ],
+)
+def test_it_stays_within_the_memory_that_it_says(count: int, options: dict[str, Any]) -> None:
     logits = torch.randn(count, 5000)
-    many = [row(n, top_p=0.9, top_k=50) for n in range(count)]
+    many = [row(n, **options) for n in range(count)]
 
     peak = max(living_bytes(lambda: sample(logits, many)))
 

@@ -146,7 +146,7 @@ def test_a_sequence_alone_ends_where_the_whole_cache_is_full() -> None:
 
 
 def test_ending_an_unknown_sequence_is_not_an_error() -> None:
-    assert scheduler().end(7) is False
+    assert scheduler().end(7) is None
 
 
 class SchedulerMachine(RuleBasedStateMachine):

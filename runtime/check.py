@@ -1,0 +1,282 @@
+"""``neuron check``: what a load would take and where it would fit, without loading anything.
+
+Weights are what the headers say, a token of KV cache is arithmetic. The workspace of a step is
+estimated, because only a loaded model can be measured: for each token of a step's budget three
+hidden states and three of the MLP's are alive at once (measured: 25,600 bytes for SmolLM2-135M in
+float32, where this says 25,344), beside the logits of sixteen sequences.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import msgspec
+from rich.console import Console
+from rich.table import Column, Table
+from rich.text import Text
+
+from cortex.ipc.errors import Unloadable
+from cortex.ipc.node_api import LoadRequest
+from cortex.models.checkpoints.checkpoint import Checkpoint
+from cortex.runtime import preflight
+from cortex.runtime.config import DeviceSpec
+from cortex.runtime.discovery import GpuProbe, Inventory, ProbeFailed
+from cortex.runtime.model_files import ModelFiles, Survey
+from cortex.runtime.places import Places
+from cortex.runtime.preflight import Needs
+
+MIB = 2**20
+STEP_TOKENS = {"cpu": 128, "cuda": 512}
+SEATS = 16
+BYTES_PER_LOGIT = 56
+
+
+@dataclass(frozen=True, slots=True)
+class Room:
+    """A device of this host, and what is free of it now."""
+
+    spec: DeviceSpec
+    free_bytes: int
+
+    @property
+    def kind(self) -> str:
+        """``cpu`` or ``cuda``."""
+        return self.spec.name.partition(":")[0]
+
+
+class Verdict(msgspec.Struct, frozen=True, omit_defaults=True):
+    """A device, judged; numbers of the model are None where only a download tells them."""
+
+    device: str
+    fits: bool
+    words: str
+    total_bytes: int
+    free_bytes: int
+    weights_bytes: int | None = None
+    kv_bytes_per_token: int | None = None
+    kv_bytes: int | None = None
+    """Of one full context."""
+    workspace_bytes: int | None = None
+    """Estimated."""
+    context_tokens: int | None = None
+    """How long a context has room."""
+
+
+class Answer(msgspec.Struct, frozen=True, omit_defaults=True):
+    """What ``neuron check --json`` prints."""
+
+    model: str
+    loadable: bool
+    refusal: dict[str, Any] | None = None
+    """Why no device could serve it: message, kind and numbers."""
+    origin: str | None = None
+    cached: bool = False
+    size_bytes: int | None = None
+    download_bytes: int | None = None
+    architecture: str | None = None
+    quant: str | None = None
+    """None: dense."""
+    quants: Sequence[str] = ()
+    context_tokens: int | None = None
+    devices: Sequence[Verdict] = ()
+
+
+def check(request: LoadRequest, places: Places, rooms: Sequence[Room]) -> Answer:
+    """Return what a load of *request* on one of *rooms* would take."""
+    files = ModelFiles(places)
+    try:
+        files.refuse(request)
+        survey = asyncio.run(files.survey(request))
+    except Unloadable as exc:
+        return Answer(request.model_id, loadable=False, refusal=_refusal(exc))
+    finally:
+        files.close()
+    return judge(request, survey, rooms)
+
+
+def judge(request: LoadRequest, survey: Survey, rooms: Sequence[Room]) -> Answer:
+    """Return the answer to what was found."""
+    download = None if survey.size_bytes is None else survey.size_bytes - survey.bytes_here
+    answer = Answer(
+        request.model_id,
+        loadable=False,
+        origin=survey.origin,
+        cached=survey.path is not None,
+        size_bytes=survey.size_bytes,
+        download_bytes=download,
+        quants=survey.quants,
+    )
+    checkpoint = survey.checkpoint
+    if checkpoint is None:
+        verdicts = [_by_size(room, survey.size_bytes) for room in rooms]
+        return _with(answer, devices=verdicts, loadable=any(v.fits for v in verdicts))
+    answer = _with(
+        answer,
+        architecture=checkpoint.config.get("model_type"),
+        quant=checkpoint.quant,
+    )
+    try:
+        verdicts = [_by_headers(room, request, checkpoint) for room in rooms]
+        needs = preflight.needs(checkpoint, request)
+    except Unloadable as exc:
+        return _with(answer, refusal=_refusal(exc))
+    return _with(
+        answer,
+        context_tokens=needs.context_tokens,
+        devices=verdicts,
+        loadable=any(verdict.fits for verdict in verdicts),
+    )
+
+
+def rooms_of(specs: Sequence[DeviceSpec], inventory: Inventory, probe: GpuProbe) -> list[Room]:
+    """Return the devices with what is free of them; who uses it does not matter."""
+    by_name = {f"cuda:{gpu.index}": gpu for gpu in inventory.gpus}
+    found: list[Room] = []
+    for spec in specs:
+        free: int | None = None
+        if spec.name in by_name:
+            with contextlib.suppress(ProbeFailed):
+                free = probe.read(by_name[spec.name]).free_bytes
+        bound = spec.memory_bytes if free is None else min(free, spec.memory_bytes)
+        found.append(Room(spec, bound))
+    return found
+
+
+def workspace_bytes(config: Mapping[str, Any], kind: str, width_bytes: int) -> int:
+    """Estimate what a step takes beside weights and cache."""
+    hidden, middle, vocab = (
+        value if type(value := config.get(name)) is int else 0
+        for name in ("hidden_size", "intermediate_size", "vocab_size")
+    )
+    return STEP_TOKENS[kind] * 3 * (hidden + middle) * width_bytes + SEATS * vocab * BYTES_PER_LOGIT
+
+
+def show(console: Console, answer: Answer) -> None:
+    """Print *answer* for people."""
+    facts = Table.grid(Column(style="bold"), Column(overflow="fold"), padding=(0, 2))
+    for name, value in _facts(answer):
+        facts.add_row(name, Text(value))
+    console.print(facts)
+    if answer.refusal is not None:
+        console.print(Text(f"not loadable: {answer.refusal['message']}"))
+        return
+    console.print()
+    console.print(_table(answer.devices))
+    if answer.devices and any(verdict.workspace_bytes for verdict in answer.devices):
+        console.print("In MB of 2^20 bytes; KV of one full context, workspace estimated.")
+
+
+def _by_headers(room: Room, request: LoadRequest, checkpoint: Checkpoint) -> Verdict:
+    is_cpu = room.kind == "cpu"
+    auto_bytes = preflight.auto_dtype_bytes(checkpoint, is_cpu=is_cpu)
+    needs = preflight.needs(checkpoint, request, auto_bytes)
+    width_bytes = preflight.DTYPE_BYTES.get(request.dtype, auto_bytes)
+    workspace = workspace_bytes(checkpoint.config, room.kind, width_bytes)
+    left = room.free_bytes - needs.weights_bytes - workspace
+    context = max(0, min(needs.context_tokens, left // needs.kv_bytes_per_token))
+    least = needs.least_bytes + workspace
+    return Verdict(
+        room.spec.name,
+        fits=least <= room.free_bytes,
+        words=_words(room, needs, least, context),
+        total_bytes=room.spec.memory_bytes,
+        free_bytes=room.free_bytes,
+        weights_bytes=needs.weights_bytes,
+        kv_bytes_per_token=needs.kv_bytes_per_token,
+        kv_bytes=needs.context_kv_bytes,
+        workspace_bytes=workspace,
+        context_tokens=context,
+    )
+
+
+def _words(room: Room, needs: Needs, least: int, context: int) -> str:
+    if least <= room.free_bytes:
+        is_all = context == needs.context_tokens
+        return "fits" if is_all else f"fits, with {context} of {needs.context_tokens} tokens"
+    if least <= room.spec.memory_bytes:
+        return f"would fit if it were empty: needs {_mb(least)} MB"
+    return f"too small: needs {_mb(least)} MB"
+
+
+def _by_size(room: Room, size_bytes: int | None) -> Verdict:
+    """Judge by the size of the files alone."""
+    fits = size_bytes is None or size_bytes <= room.free_bytes
+    if size_bytes is None:
+        words = "nobody knows its size before it is downloaded"
+    else:
+        words = "has room for its weights" if fits else f"too small: needs {_mb(size_bytes)} MB"
+    return Verdict(
+        room.spec.name,
+        fits,
+        words,
+        room.spec.memory_bytes,
+        room.free_bytes,
+        weights_bytes=size_bytes,
+    )
+
+
+def _facts(answer: Answer) -> list[tuple[str, str]]:
+    facts = [("model", answer.model)]
+    if answer.origin is not None:
+        facts += [("from", answer.origin), ("download", _download(answer))]
+    if answer.architecture is not None:
+        facts += [
+            ("architecture", answer.architecture),
+            ("weights", f"GGUF, mostly {answer.quant}" if answer.quant else "dense"),
+        ]
+    if answer.quants:
+        facts.append(("quants there", ", ".join(answer.quants)))
+    if answer.context_tokens is not None:
+        facts.append(("context", f"{answer.context_tokens} tokens"))
+    return facts
+
+
+def _download(answer: Answer) -> str:
+    if answer.cached:
+        return "none: all of it is here"
+    if answer.size_bytes is None or answer.download_bytes is None:
+        return "of a size that the package index does not say"
+    here = answer.size_bytes - answer.download_bytes
+    had = f", {_mb(here)} MB of it are here" if here else ""
+    return f"{_mb(answer.download_bytes)} MB{had}"
+
+
+def _table(verdicts: Sequence[Verdict]) -> Table:
+    numbers = ("total", "free", "weights", "KV/token", "KV", "workspace")
+    columns = [Column(name, justify="right") for name in numbers]
+    table = Table(Column("device"), *columns, Column("verdict", overflow="fold"))
+    for verdict in verdicts:
+        per_token = verdict.kv_bytes_per_token
+        table.add_row(
+            verdict.device,
+            f"{verdict.total_bytes // MIB}",
+            f"{verdict.free_bytes // MIB}",
+            _shown(verdict.weights_bytes),
+            "" if per_token is None else f"{per_token / MIB:.3f}",
+            _shown(verdict.kv_bytes),
+            _shown(verdict.workspace_bytes),
+            verdict.words,
+        )
+    return table
+
+
+def _shown(count: int | None) -> str:
+    return "" if count is None else str(_mb(count))
+
+
+def _mb(count: int) -> int:
+    """Whole megabytes, rounded up: what is needed must not look smaller than it is."""
+    return -(-count // MIB)
+
+
+def _refusal(exc: Unloadable) -> dict[str, Any]:
+    return {"message": str(exc), **exc.extras}
+
+
+def _with(answer: Answer, **changes: Any) -> Answer:
+    changed: Answer = msgspec.structs.replace(answer, **changes)
+    return changed

@@ -1,0 +1,54 @@
+"""What a chat request says, and what a model's text side makes of it.
+
+The HTTP side fills a ``Conversation``; ``text.TextSide.chat_prompt`` answers with a ``ChatPrompt``:
+the tokens, and how the answer to them has to be read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from cortex.ipc.messages import ReasoningBudget
+from cortex.ipc.openai import ChatMessage
+from cortex.runtime.pieces import Reader
+
+
+@dataclass(frozen=True, slots=True)
+class ReasoningWish:
+    """How much the model should think; None leaves it to the template.
+
+    One rule for all dialects fills it (``reasoning.py``).
+    """
+
+    is_enabled: bool | None = None
+    effort: str | None = None
+    """A word of ``reasoning.EFFORTS``, from ``minimal`` on."""
+    budget_tokens: int | None = None
+    """Tokens of reasoning after which its end is forced."""
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Everything of a request that becomes part of the prompt."""
+
+    messages: Sequence[ChatMessage]
+    tools: Sequence[Mapping[str, Any]] = ()
+    """As OpenAI spells them: ``{"type": "function", "function": {"name": ...}}``."""
+    reasoning: ReasoningWish = ReasoningWish()
+    template_kwargs: Mapping[str, Any] = field(default_factory=dict)
+    add_generation_prompt: bool = True
+    """Whether the prompt asks for an answer."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatPrompt:
+    """A rendered conversation."""
+
+    token_ids: list[int]
+    reader: Callable[[], Reader]
+    """Makes the reader of one answer; it knows whether the prompt opened a reasoning block."""
+    shown_ids: frozenset[int] = frozenset()
+    """Control tokens that the reader must see in the text although nobody else does."""
+    reasoning_budget: ReasoningBudget | None = None

@@ -1,0 +1,71 @@
+"""From a request to the tokens of its prompt; all of it blocks, so it runs in few threads."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from cortex.ipc.errors import InvalidRequest
+from cortex.ipc.openai import ChatCompletionRequest, CompletionRequest, TokenizeRequest
+from cortex.runtime.conversation import ChatPrompt, Conversation
+from cortex.runtime.node import TextView
+from cortex.runtime.pieces import PlainReader
+from cortex.runtime.reasoning import wish_of
+from cortex.runtime.sampling import refuse_unknown_tokens
+
+T = TypeVar("T")
+
+TEXT_THREADS = 4
+
+
+class TextThreads:
+    """A bounded thread pool for text sides: long prompts take them seconds."""
+
+    def __init__(self) -> None:
+        self._threads = ThreadPoolExecutor(TEXT_THREADS, "text")
+
+    async def run(self, work: Callable[[], T]) -> T:
+        """Return what *work* returns, which blocks."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, work)
+
+    def close(self) -> None:
+        """Give up the threads."""
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+
+def prompt_of(
+    text: TextView, asked: ChatCompletionRequest | CompletionRequest | TokenizeRequest
+) -> ChatPrompt:
+    """Return the prompt, and how the answer to it is read; raise ApiError in words."""
+    if not isinstance(asked, ChatCompletionRequest) and asked.prompt is not None:
+        return ChatPrompt(tokens_of(text, asked.prompt, "prompt"), PlainReader)
+    assert not isinstance(asked, CompletionRequest), "it has a prompt"
+    assert asked.messages is not None, "what has no prompt has messages"
+    return text.chat_prompt(
+        Conversation(
+            asked.messages,
+            tools=asked.offered_tools,
+            reasoning=wish_of(asked.reasoning_effort, asked.thinking),
+            template_kwargs=asked.chat_template_kwargs or {},
+            add_generation_prompt=(
+                isinstance(asked, ChatCompletionRequest) or asked.add_generation_prompt
+            ),
+        )
+    )
+
+
+def tokens_of(text: TextView, prompt: str | Sequence[int | str], place: str) -> list[int]:
+    """Return the tokens of a text, or token ids as they are.
+
+    Raise InvalidRequest, naming *place*, for an empty prompt and for ids that the model has not.
+    """
+    if isinstance(prompt, str):
+        token_ids = text.text_prompt(prompt)
+    else:
+        token_ids = [token for token in prompt if isinstance(token, int)]  # all are, by now
+    if not token_ids:
+        raise InvalidRequest("the prompt is empty", param=place)
+    refuse_unknown_tokens(token_ids, text.vocab_size, place)
+    return token_ids
