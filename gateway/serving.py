@@ -22,8 +22,8 @@ INTERRUPTED = 130
 class StopSignals:
     """SIGTERM and Ctrl-C: the first asks to stop, the second cancels the task that made this.
 
-    SIGHUP stops too where it says that the terminal is gone; a daemon is told by it to read its
-    files again: ``hangup`` is set. ``nohup`` is left as it is.
+    SIGHUP stops too where it says that the terminal is gone, unless ``nohup`` has it ignored; a
+    daemon is told by it to read its files again: ``hangup`` is set.
     """
 
     def __init__(self, *, is_daemon: bool) -> None:
@@ -34,9 +34,10 @@ class StopSignals:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal)
-        if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
-            on_hangup = self.hangup.set if is_daemon else self._on_signal
-            loop.add_signal_handler(signal.SIGHUP, on_hangup)
+        if is_daemon:
+            loop.add_signal_handler(signal.SIGHUP, self.hangup.set)
+        elif signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+            loop.add_signal_handler(signal.SIGHUP, self._on_signal)
 
     def _on_signal(self) -> None:
         if not self.asked.is_set():

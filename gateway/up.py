@@ -130,7 +130,9 @@ def check_port_is_free(address: str) -> None:
     """Raise CannotListen where somebody listens at *address*, ConfigError for port 0."""
     host, port = split_address(address)
     if not port:
-        raise ConfigError(f"{address!r}: the neuron needs a port that the gateway knows")
+        raise ConfigError(
+            f"--neuron-listen {address!r}: the neuron needs a port that the gateway knows, not 0"
+        )
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family, socket.SOCK_STREAM) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)

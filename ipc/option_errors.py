@@ -11,10 +11,8 @@ import msgspec
 from msgspec import Meta
 
 from cortex.ipc.toml_lines import Keys
-from cortex.ipc.validation import words_and_place
+from cortex.ipc.validation import MISSING, UNKNOWN, words_and_place
 
-_UNKNOWN = re.compile(r"Object contains unknown field `(?P<name>[^`]*)`")
-_MISSING = re.compile(r"Object missing required field `(?P<name>[^`]*)`")
 _TOML_NAMES = {"`object`": "a table", "`array`": "an array"}
 
 
@@ -27,10 +25,10 @@ def what_is_wrong(
     """
     words, place = words_and_place(error)
     keys = keys_of(place)
-    if unknown := _UNKNOWN.fullmatch(words):
+    if unknown := UNKNOWN.fullmatch(words):
         name = unknown["name"]
         return (*keys, name), _unknown(name, type_at(shape, keys), not_yet)
-    if missing := _MISSING.fullmatch(words):
+    if missing := MISSING.fullmatch(words):
         return keys, f"{missing['name']} is missing"
     return keys, _of_value(words, type_at(shape, keys))
 

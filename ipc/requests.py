@@ -20,7 +20,7 @@ from cortex.ipc.errors import (
     MissingModelField,
     UnsupportedParameter,
 )
-from cortex.ipc.validation import words_and_place
+from cortex.ipc.validation import MISSING, UNKNOWN, words_and_place
 
 S = TypeVar("S", bound=msgspec.Struct)
 
@@ -93,9 +93,17 @@ def typed(raw: dict[str, Any], shape: type[S], where: str = "") -> S:
     try:
         return msgspec.convert(raw, shape, str_keys=True)
     except msgspec.ValidationError as exc:
-        words, inside = words_and_place(exc)
+        words, inside = _of_field(*words_and_place(exc))
         place = ".".join(filter(None, (where, inside)))
         raise InvalidRequest(f"{place}: {words}" if place else words, param=place or None) from exc
+
+
+def _of_field(words: str, place: str) -> tuple[str, str]:
+    """Return *words* of a field that *place* lacks or should not have as words about the field."""
+    for pattern, wrong in ((MISSING, "field required"), (UNKNOWN, "unknown field")):
+        if found := pattern.fullmatch(words):
+            return wrong, ".".join(filter(None, (place, found["name"])))
+    return words, place
 
 
 def decode_body(body: bytes, shape: type[S]) -> S:

@@ -125,8 +125,8 @@ class ServedModel:
             differing.append("devices")
         if differing:
             raise LoadedDifferently(
-                f"model {self.id!r} is {self.status} with another {' and '.join(differing)}: "
-                "unload it first"
+                f"model {self.id!r} is {self.status} with other values of "
+                f"{' and '.join(differing)}: unload it first"
             )
 
     def refuse_unload(self, *, force: bool) -> None:

@@ -299,6 +299,8 @@ def report(findings: Findings, *, as_json: bool) -> None:
             f"{'?' if memory is None else f'{memory / 2**20:.1f}':>8}{last.descriptors:>13}"
             f"{'?' if descriptors is None else descriptors:>8}{last.threads:>9}"
         )
+    if any(memory is None for _, memory, _ in grown(findings)):
+        print("\n?: lived for too few rounds to say whether it grows; more --minutes tell")
     print(f"\n{len(findings.violations)} violations in {findings.rounds} rounds")
     for what, count in Counter(findings.violations).most_common(30):
         print(f"  {count} x {what}")

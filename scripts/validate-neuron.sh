@@ -123,6 +123,9 @@ ask() {
 for tool in curl jq; do
   command -v "$tool" >/dev/null || fail "needs $tool, which is not installed"
 done
+if [[ $host =~ ^[^:]+:[0-9]+$ ]]; then
+  fail "the host goes without a port: NEURON_PORT=${host##*:} $0 ${host%:*}"
+fi
 for number in "$tensor_parallel" "$load_timeout" "$infer_timeout"; do
   [[ $number =~ ^[1-9][0-9]*$ ]] || fail "not a positive number: $number"
 done

@@ -155,7 +155,7 @@ class CpuKernels:
         assert can_attend(keys), "the cache lies as new_cache_layer makes it"
         q, tables = q.contiguous(), batch.block_tables.contiguous()
         out = self.new(q, q.size(1), q.size(2))
-        self.do(
+        failed = self.do(
             "attention",
             out,
             *(q.data_ptr(), keys.data_ptr(), values.data_ptr(), keys.dtype == torch.float16),
@@ -164,6 +164,8 @@ class CpuKernels:
             *(q.size(1), keys.size(2), q.size(2), float(scale)),
             sequences=batch.query_starts.size(0) - 1,
         )
+        if failed:
+            raise MemoryError("no memory to share a long context among threads")
         return out
 
     def tile(self, part: Part) -> Part:

@@ -52,11 +52,11 @@ static int run_op(const Op *o, const Step *step) {
 }
 
 /* Run *count* operations in order; where *seconds* is given, add to it the time of each kind.
- * Returns -1 as soon as one fails. */
+ * Returns 0, or 1 + the code of the first that fails. */
 int cortex_run(const Op *ops, int count, const Step *step, double *seconds) {
     for (int i = 0; i < count; i++) {
         const int64_t began = seconds ? nanoseconds() : 0;
-        if (run_op(ops + i, step)) return -1;
+        if (run_op(ops + i, step)) return 1 + ops[i].code;
         if (seconds) seconds[ops[i].code] += (nanoseconds() - began) * 1e-9;
     }
     return 0;

@@ -34,6 +34,9 @@ ALIGNMENT = 64
 NEW_MEMORY = {torch.ops.aten.empty.memory_format}
 """What the recorder itself asks of torch; a model that writes there has to compute first."""
 
+LOOK_UPS = frozenset({"rows", "tiled_rows"})
+"""Operations that fail for want of a row; all others for want of memory."""
+
 log = logging.getLogger(__name__)
 
 
@@ -161,9 +164,7 @@ class _Recording:
             ctypes.addressof(self._ops), len(self._ops), ctypes.addressof(step), seconds
         )
         if failed:
-            raise RuntimeError(
-                "an operation of the step failed: a token id out of range, or no memory"
-            )
+            raise _failure(OPERATIONS[failed - 1])
         return self._logits[:sampled]
 
 
@@ -212,6 +213,13 @@ class _Recorder(CpuKernels):
         slab = torch.empty(-(-size // ALIGNMENT) * ALIGNMENT, dtype=torch.uint8)
         self.slabs.append(slab)
         return slab
+
+
+def _failure(operation: str) -> Exception:
+    """Return what its method in ``cpu`` raises."""
+    if operation in LOOK_UPS:
+        return IndexError("a token id is out of range")
+    return MemoryError(f"no memory for an operation of the step: {operation}")
 
 
 def _inputs(room: Room, cache: KVCache) -> Batch:

@@ -169,7 +169,7 @@ async def test_a_port_of_the_neuron_that_is_taken_is_one_sentence(terminal: Term
 
 
 async def test_the_neuron_needs_a_port_of_its_own(terminal: Terminal) -> None:
-    with pytest.raises(ConfigError, match="a port that the gateway knows"):
+    with pytest.raises(ConfigError, match=r"--neuron-listen .* a port that the gateway knows"):
         await up(Plan(ANY, ANY, ANY, "m"), terminal.say)
 
 
@@ -260,6 +260,21 @@ async def test_nohup_is_left_as_it_is() -> None:
         assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
     finally:
         signal.signal(signal.SIGHUP, before)
+
+
+async def test_a_daemon_hears_sighup_under_nohup() -> None:
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        signals = StopSignals(is_daemon=True)
+        os.kill(os.getpid(), signal.SIGHUP)
+        async with asyncio.timeout(5):
+            await signals.hangup.wait()
+    finally:
+        for number in (signal.SIGHUP, signal.SIGTERM, signal.SIGINT):
+            asyncio.get_running_loop().remove_signal_handler(number)
+        signal.signal(signal.SIGHUP, before)
+
+    assert not signals.asked.is_set()
 
 
 async def test_serve_is_cut_short_by_a_second_signal(neuron: FakeNeuron) -> None:

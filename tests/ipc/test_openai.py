@@ -143,7 +143,7 @@ def test_a_place_inside_a_list_is_named() -> None:
     with pytest.raises(InvalidRequest) as refusal:
         chat(messages=[{"role": "user"}, {"content": "who?"}])
 
-    assert refusal.value.param == "messages[1]"
+    assert refusal.value.param == "messages[1].role"
 
 
 def test_a_replayed_tool_turn_with_null_content_is_a_message() -> None:
@@ -196,13 +196,13 @@ def test_tools_that_must_not_be_called_are_not_offered() -> None:
 @pytest.mark.parametrize(
     ("function", "place"),
     [
-        ({}, "tools[1].function"),
+        ({}, "tools[1].function.name"),
         ({"name": ""}, "tools[1].function.name"),
         ({"name": "two words"}, "tools[1].function.name"),
         ({"name": "look\n"}, "tools[1].function.name"),
         ({"name": "n" * 129}, "tools[1].function.name"),
         ({**LOOK, "parameters": "string"}, "tools[1].function.parameters"),
-        ({**LOOK, "parameter": {}}, "tools[1].function"),
+        ({**LOOK, "parameter": {}}, "tools[1].function.parameter"),
     ],
 )
 def test_a_tool_of_the_wrong_shape_names_its_place(function: dict[str, object], place: str) -> None:

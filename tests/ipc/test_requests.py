@@ -25,6 +25,10 @@ class Ask(msgspec.Struct, forbid_unknown_fields=True):
 
     turns: list[Turn] = []
 
+    def __post_init__(self) -> None:
+        if len(self.turns) > 1:
+            raise ValueError("too many turns")
+
 
 @pytest.mark.parametrize(
     ("raw", "said"),
@@ -49,9 +53,25 @@ def test_the_place_is_in_the_words_and_beside_them() -> None:
     assert refusal.value.param == "turns[0].role"
 
 
+@pytest.mark.parametrize(
+    ("body", "place", "words"),
+    [
+        (b'{"x": 1}', "x", "unknown field"),
+        (b'{"turns": [{}]}', "turns[0].role", "field required"),
+    ],
+)
+def test_a_field_that_lacks_or_is_too_much_is_the_place(
+    body: bytes, place: str, words: str
+) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        decode_body(body, Ask)
+
+    assert (str(refusal.value), refusal.value.param) == (f"{place}: {words}", place)
+
+
 def test_what_is_wrong_with_the_whole_has_no_place() -> None:
-    with pytest.raises(InvalidRequest, match="unknown field `x`") as refusal:
-        decode_body(b'{"x": 1}', Ask)
+    with pytest.raises(InvalidRequest, match="too many turns") as refusal:
+        decode_body(b'{"turns": [{"role": "a"}, {"role": "b"}]}', Ask)
 
     assert refusal.value.param is None
 

@@ -222,14 +222,14 @@ async def test_the_kind_of_an_unloadable_model_is_for_machines() -> None:
     ("body", "param"),
     [
         ({"model_id": MODEL, "kv_cache_mb": 0}, "kv_cache_mb"),
-        ({"model_id": MODEL, "gpu_layers": 3}, None),
-        ({"model_id": MODEL, "sampling": {"warmth": 1}}, "sampling"),
+        ({"model_id": MODEL, "gpu_layers": 3}, "gpu_layers"),
+        ({"model_id": MODEL, "sampling": {"warmth": 1}}, "sampling.warmth"),
         ({"model_id": MODEL, "sampling": {"top_p": 7}}, "sampling.top_p"),
-        ({}, None),
+        ({}, "model_id"),
     ],
 )
 async def test_a_load_request_of_the_wrong_shape_names_the_place(
-    body: dict[str, Any], param: str | None
+    body: dict[str, Any], param: str
 ) -> None:
     status, answer = await posted(FakeNode(), "/models/load", body)
 

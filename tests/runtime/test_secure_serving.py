@@ -95,16 +95,14 @@ async def test_nothing_is_warned_of_on_loopback_or_with_keys(tmp_path: Path) -> 
     assert await warnings_of(guarded, "0.0.0.0") == []
 
 
-async def test_sighup_is_heard_unless_it_is_ignored() -> None:
-    heard = hangups()
-    os.kill(os.getpid(), signal.SIGHUP)
-    async with asyncio.timeout(5):
-        await heard.wait()
-    asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
-
-    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+@pytest.mark.parametrize("disposition", [signal.SIG_DFL, signal.SIG_IGN], ids=["usual", "nohup"])
+async def test_sighup_is_heard(disposition: signal.Handlers) -> None:
+    before = signal.signal(signal.SIGHUP, disposition)
     try:
-        hangups()
-        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        heard = hangups()
+        os.kill(os.getpid(), signal.SIGHUP)
+        async with asyncio.timeout(5):
+            await heard.wait()
     finally:
+        asyncio.get_running_loop().remove_signal_handler(signal.SIGHUP)
         signal.signal(signal.SIGHUP, before)

@@ -74,7 +74,7 @@ async def test_another_load_of_a_model_that_is_here_is_refused(supervisor: Super
 
     with pytest.raises(LoadedDifferently, match="dtype and max_sequences"):
         await supervisor.load(LoadRequest(A, dtype="float32", max_sequences=1))
-    with pytest.raises(LoadedDifferently, match="devices"):
+    with pytest.raises(LoadedDifferently, match="is loading with other values of devices: unload"):
         await supervisor.load(LoadRequest(A, devices=[1]))
     with pytest.raises(LoadedDifferently, match="tool_prompt and reasoning_parser"):
         await supervisor.load(LoadRequest(A, tool_prompt="hermes", reasoning_parser="none"))

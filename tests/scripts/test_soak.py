@@ -187,6 +187,19 @@ def test_the_report_shows_every_kind_and_every_violation(
     assert (json.loads(said.splitlines()[-1])["rounds"] == 1) if as_json else "{" not in said
 
 
+def test_the_report_says_where_growth_could_not_be_judged(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    few, enough = (
+        Findings(samples={"gateway": [Sample(1, Holdings(9, 9, 1))] * n}) for n in (3, 12)
+    )
+
+    soak.report(few, as_json=False)
+    assert "too few rounds to say whether it grows" in capsys.readouterr().out
+    soak.report(enough, as_json=False)
+    assert "too few rounds" not in capsys.readouterr().out
+
+
 def test_the_defaults_are_ten_minutes_without_kills(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("sys.argv", ["soak"])
 

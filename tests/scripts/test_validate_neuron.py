@@ -291,6 +291,13 @@ def test_a_neuron_that_does_not_answer_fails() -> None:
     assert "FAIL: GET /health: 000" in ended.stderr
 
 
+def test_a_host_with_its_port_is_told_where_ports_go() -> None:
+    ended = subprocess.run([SCRIPT, "alpha.lan:4000"], capture_output=True, text=True, check=False)
+
+    assert ended.returncode == 1
+    assert f"without a port: NEURON_PORT=4000 {SCRIPT} alpha.lan" in ended.stderr
+
+
 @pytest.mark.parametrize("missing", ["curl", "jq"])
 def test_a_missing_tool_is_named(missing: str, tmp_path: Path) -> None:
     for tool in {"bash", "curl", "jq"} - {missing}:

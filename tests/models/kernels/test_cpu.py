@@ -292,6 +292,16 @@ def torch_threads(count: int) -> Iterator[None]:
         torch.set_num_threads(before)
 
 
+def test_attention_without_memory_is_an_error(
+    kernels: cpu.CpuKernels, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    q, keys, values, batch = sequences([(4, 2)], 2, 16)
+    monkeypatch.setattr(kernels, "do", lambda *_, **__: -1)
+
+    with pytest.raises(MemoryError):
+        kernels.attention(q, keys, values, batch, 1.0)
+
+
 def test_attention_to_one_overwhelming_position_is_its_value(kernels: cpu.CpuKernels) -> None:
     q, keys, values, batch = sequences([(200, 1)], 2, 16)
     keys.zero_()

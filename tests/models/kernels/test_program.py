@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import logging
+import weakref
 from pathlib import Path
 
 import pytest
@@ -14,6 +16,7 @@ from cortex.models.kernels import cpu, ops
 from cortex.models.kernels.op import OPERATIONS
 from cortex.models.kernels.program import Program
 from cortex.models.layers import RMSNorm
+from cortex.models.quantization import Matrix
 from cortex.models.weights import LoadedModel
 from tiny_models import Player, loaded, random_llama, random_model, some_tokens, write_gguf
 
@@ -134,8 +137,51 @@ def test_a_model_that_computes_by_other_means_runs_unrecorded_with_one_warning(
 def test_a_token_that_is_not_in_the_vocabulary_is_an_error(model: LoadedModel) -> None:
     _, recorded = players(model)
 
-    with pytest.raises(RuntimeError, match="out of range"):
+    with pytest.raises(IndexError, match="out of range"):
         recorded.step(a=[10_000_000])
+
+
+class WithoutMemory:
+    """A library whose *operation* gets none."""
+
+    def __init__(self, operation: str) -> None:
+        self._code = OPERATIONS.index(operation)
+
+    def cortex_run(self, *_: object) -> int:
+        return 1 + self._code
+
+
+def test_a_step_that_gets_no_memory_says_so(
+    model: LoadedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, recorded = players(model)
+    recorded.step(a=[1, 2])
+    program = recorded.compute
+    assert isinstance(program, Program)
+    monkeypatch.setattr(program._recording, "_library", WithoutMemory("attention"))
+
+    with pytest.raises(MemoryError, match="attention"):
+        recorded.step(a=[3])
+
+
+def test_a_program_that_goes_takes_weights_cache_and_buffers_along_at_once(tmp_path: Path) -> None:
+    write_gguf(tmp_path / "tiny.gguf", random_llama(), "Q4_1")
+    model = loaded(tmp_path / "tiny.gguf", dtype="auto")
+    player = Player(model)
+    program = model.recorded(player.cache)
+    player.compute = program
+    player.step(a=some_tokens(5))
+    assert isinstance(program, Program)
+    assert program._recording is not None
+    parts = [m.parts[0].data for m in model.module.modules() if isinstance(m, Matrix)]
+    held = [weakref.ref(t) for t in (*parts, *player.cache.keys, *program._recording._slabs)]
+    gc.collect()
+    gc.disable()  # nothing may be left for it to find
+    try:
+        del model, player, program, parts
+        assert [one() for one in held] == [None] * len(held)
+    finally:
+        gc.enable()
 
 
 def test_recording_changes_nothing_for_other_models(model: LoadedModel) -> None:
