@@ -52,8 +52,11 @@ LOADED_WITH = {
     "NEURON_MODELS__0__MODEL_ID": MODEL,
     "NEURON_MODELS__0__TOOL_PROMPT": "hermes",
     "NEURON_MODELS__0__MAX_SEQUENCES": "8",
+    "NEURON_MODELS__0__KV_CACHE_MB": "128",
 }
-"""The embedded model's template knows no tools: they are told to it in the prompt."""
+"""A KV cache takes its memory when its blocks are first used: a small one is used up while the soak
+warms up, so that what grows afterwards is none. The embedded model's template knows no tools: they
+are told to it in the prompt."""
 DEVICES = ("neuron cpu:0", "neuron cpu:1")
 
 
