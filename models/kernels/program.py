@@ -87,7 +87,7 @@ class Program:
 
     def __init__(self, model: Model, cache: KVCache, kernels: CpuKernels) -> None:
         self._model = model
-        self._cache = cache
+        self.cache = cache
         self._kernels = kernels
         self._recording: _Recording | None = None
         self._is_recordable = True
@@ -121,7 +121,7 @@ class Program:
         if recording is None or not recording.room.covers(needed):
             room = needed if recording is None else needed.and_more(recording.room)
             self._recording = recording = None  # its buffers go before new ones come
-            self._recording = recording = _Recording(self._model, self._cache, self._kernels, room)
+            self._recording = recording = _Recording(self._model, self.cache, self._kernels, room)
         return recording
 
 
