@@ -17,7 +17,15 @@ from typing import Annotated, Literal
 import msgspec
 from msgspec import Meta
 
-from cortex.ipc.node_api import EMBEDDED_MODEL, Limit, LoadRequest, SamplingDefaults
+from cortex.ipc.node_api import (
+    EMBEDDED_MODEL,
+    Limit,
+    LoadRequest,
+    ReasoningParser,
+    SamplingDefaults,
+    ToolParser,
+    ToolPrompt,
+)
 from cortex.ipc.settings import Origin, Table, TomlFile
 
 Id = Annotated[str, Meta(min_length=1)]
@@ -46,6 +54,9 @@ class Profile(Table, frozen=True):
     kv_cache_mb: Count | None = None
     max_sequences: Count | None = None
     sampling: SamplingDefaults | None = None
+    tool_prompt: ToolPrompt = "auto"
+    tool_parser: ToolParser = "auto"
+    reasoning_parser: ReasoningParser = "auto"
     pinned_on: tuple[str, ...] = ()
     limit: Limits | None = None
 
@@ -71,6 +82,9 @@ class Profile(Table, frozen=True):
             kv_cache_mb=self.kv_cache_mb,
             max_sequences=self.max_sequences,
             sampling=self.sampling,
+            tool_prompt=self.tool_prompt,
+            tool_parser=self.tool_parser,
+            reasoning_parser=self.reasoning_parser,
         )
 
 

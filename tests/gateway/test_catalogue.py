@@ -35,6 +35,21 @@ def test_everything_the_example_says_is_asked_of_the_node() -> None:
         kv_cache_mb=512,
         max_sequences=8,
         sampling=SamplingDefaults(temperature=0.0, top_p=1.0, top_k=0),
+        tool_prompt="hermes",
+    )
+
+
+def test_whatever_a_load_can_say_a_profile_can_say() -> None:
+    said = set(LoadRequest.__struct_fields__) - {"model_id", "wait"}
+
+    assert said <= set(Profile.__struct_fields__)
+
+
+def test_how_a_model_chats_is_asked_of_the_node() -> None:
+    profile = Profile("m", tool_prompt="refuse", tool_parser="llama3", reasoning_parser="none")
+
+    assert profile.load_request() == LoadRequest(
+        "m", tool_prompt="refuse", tool_parser="llama3", reasoning_parser="none"
     )
 
 
