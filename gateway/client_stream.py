@@ -13,6 +13,7 @@ from contextlib import asynccontextmanager
 from aiohttp import web
 
 from cortex.ipc.node_api import HEADER_NODE, HEADER_REASON
+from cortex.ipc.response_body import ResponseBody
 
 
 class ClientGone(Exception):
@@ -24,6 +25,7 @@ class ClientStream:
 
     def __init__(self, request: web.Request, stalled_seconds: float) -> None:
         self.response: web.StreamResponse | None = None
+        self._body: ResponseBody | None = None
         self._request = request
         self._stalled_seconds = stalled_seconds
 
@@ -46,12 +48,14 @@ class ClientStream:
         self.response = web.StreamResponse(headers=headers)
         async with self._patience():
             await self.response.prepare(self._request)
+        self._body = ResponseBody(self._request, self.response)
 
     async def write(self, data: bytes) -> None:
         """Send *data*; raise ClientGone where nobody takes it."""
-        assert self.response is not None
-        async with self._patience():
-            await self.response.write(data)
+        assert self._body is not None
+        if not self._body.write_at_once(data):
+            async with self._patience():
+                await self._body.write(data)
 
     async def finish(self) -> web.StreamResponse:
         """End the response; raise ClientGone where nobody takes the end."""

@@ -166,7 +166,7 @@ async def health(request: web.Request) -> web.Response:
         {"node": node.name, "model": m.id, "reason": m.servable.reason, "detail": m.servable.detail}
         for node in healthy
         for m in node.models
-        if m.status in ("loaded", "recovering") and not m.servable.ok
+        if m.status in ("loaded", "recovering") and not (m.servable.ok or m.servable.is_full)
     ]
     is_whole = len(healthy) == len(nodes) and not unservable
     status = "ok" if is_whole else "impaired" if healthy else "degraded"

@@ -2,6 +2,7 @@
 
 what we know of the model                          decision
 loaded and servable on a node that takes requests  Serve: least loaded, ties by name
+the same, but full everywhere when last looked at  Serve: the node knows better by now
 on its way on such a node                          Wait
 there, but recovering or not servable              Refuse 503 recovering
 no node takes requests                             Refuse 503 recovering
@@ -57,7 +58,10 @@ Decision = Serve | Wait | Load | Refuse
 def replicas(
     snapshot: FleetSnapshot, model_id: str, excluded: AbstractSet[str] = NOBODY
 ) -> list[Node]:
-    """Return the nodes that can serve *model_id* right now, the least loaded first."""
+    """Return the nodes that can serve *model_id* right now, the least loaded first.
+
+    Those that were full are the last.
+    """
     able = [
         node
         for node in snapshot.nodes
@@ -65,9 +69,16 @@ def replicas(
         and node.name not in excluded
         and (model := node.model(model_id)) is not None
         and model.status == "loaded"
-        and model.servable.ok
+        and (model.servable.ok or model.servable.is_full)
     ]
-    return sorted(able, key=lambda node: (snapshot.load_of(node, model_id), node.name))
+    return sorted(
+        able,
+        key=lambda node: (
+            _is_full(node, model_id),
+            snapshot.load_of(node, model_id),
+            node.name,
+        ),
+    )
 
 
 def decide(
@@ -104,6 +115,11 @@ def in_words(away: Iterable[Node]) -> str:
     """Return why the nodes *away* take no requests: ``node a is down, node b is draining``."""
     states = [(node.name, "draining" if node.is_healthy else "down") for node in away]
     return ", ".join(f"node {name} is {state}" for name, state in states) or "there is none"
+
+
+def _is_full(node: Node, model_id: str) -> bool:
+    model = node.model(model_id)
+    return model is not None and model.servable.is_full
 
 
 def _not_servable(node: Node, model_id: str) -> str | None:

@@ -58,7 +58,7 @@ class Meter:
         self.error: ApiError | None = None
         self.is_complete = False
         self._splitter = sse.EventSplitter()
-        self._tail = b""
+        self._tail = bytearray()
 
     def saw(self, chunk: bytes) -> None:
         """Take a piece of a stream."""
@@ -67,11 +67,14 @@ class Meter:
             self.first_token_at = now
         if b"data: {" in chunk:
             self.last_data_at = now
-        self._tail = (self._tail + chunk)[-TAIL_BYTES:]
+        self._tail += chunk
+        if len(self._tail) > 2 * TAIL_BYTES:  # now and then: not a copy of it for each token
+            del self._tail[:-TAIL_BYTES]
 
     def ended(self) -> None:
         """Read the tail of a stream that has ended."""
-        for event in self._tail.replace(b"\r\n", b"\n").split(sse.END):
+        tail = bytes(self._tail[-TAIL_BYTES:])
+        for event in tail.replace(b"\r\n", b"\n").split(sse.END):
             if usage := sse.usage_of(event):
                 self._take_usage(usage)
             elif event == sse.DONE:

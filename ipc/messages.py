@@ -13,9 +13,11 @@ the finish of their sequence, are records in the token ring (``cortex.ipc.ring``
     Embed           Embedded or Failed(command_id); Cancel takes its command_id
     Cancel          a CANCELLED finish in the ring; nothing where the sequence has already ended
     QueryMemory     MemoryReport
+    ClearPrefixCache  CacheCleared or Failed(command_id)
     Shutdown        Bye, then exit 0
 
-The first event of every life is Hello; one whose protocol differs is not talked to.
+The first event of every life is Hello; one whose protocol differs is not talked to. EngineReport
+answers nothing: it comes by itself.
 """
 
 from __future__ import annotations
@@ -24,7 +26,7 @@ from typing import Literal
 
 import msgspec
 
-PROTOCOL_VERSION = 2
+PROTOCOL_VERSION = 3
 """Raise it with any change to the fields below; peers that disagree refuse to talk."""
 
 
@@ -48,6 +50,8 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     other two. ``logit_bias`` is added to the logits of its token ids. ``stop_token_ids`` end the
     sequence. ``top_logprobs`` asks for the log probability of the chosen token and of so many of
     the likeliest ones, None for none at all; they are those of the unmodified distribution.
+    ``grammar`` is one that llguidance reads (a Lark text, or its JSON of several grammars): no
+    token that it does not allow is chosen, and the answer can end only where it may.
     """
 
     temperature: float
@@ -63,6 +67,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     stop_token_ids: tuple[int, ...] = ()
     top_logprobs: int | None = None
     reasoning_budget: ReasoningBudget | None = None
+    grammar: str | None = None
 
 
 class Footprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
@@ -117,13 +122,18 @@ class UnloadModel(Message, frozen=True, tag="unload_model"):
 
 
 class Generate(Message, frozen=True, tag="generate"):
-    """Start a sequence; its tokens and its finish come in the ring, a refusal as Failed."""
+    """Start a sequence; its tokens and its finish come in the ring, a refusal as Failed.
+
+    Of two that wait the one of higher ``priority`` goes first, of equal ones the one that came
+    first; for want of memory the last in that order is put back.
+    """
 
     command_id: int
     sequence_id: int
     model: str
     prompt_token_ids: list[int]
     sampling: SamplingParams
+    priority: int = 0
 
 
 class Embed(Message, frozen=True, tag="embed"):
@@ -148,13 +158,30 @@ class QueryMemory(Message, frozen=True, tag="query_memory"):
     command_id: int
 
 
+class ClearPrefixCache(Message, frozen=True, tag="clear_prefix_cache"):
+    """Forget all computed prompts of *model* that could be used again; running ones go on."""
+
+    command_id: int
+    model: str
+
+
 class Shutdown(Message, frozen=True, tag="shutdown"):
     """Finish the running step, free the device, say Bye and exit 0."""
 
     command_id: int
 
 
-Command = Ping | LoadModel | UnloadModel | Generate | Embed | Cancel | QueryMemory | Shutdown
+Command = (
+    Ping
+    | LoadModel
+    | UnloadModel
+    | Generate
+    | Embed
+    | Cancel
+    | QueryMemory
+    | ClearPrefixCache
+    | Shutdown
+)
 
 
 # Device process -> supervisor
@@ -226,6 +253,31 @@ class MemoryReport(Message, frozen=True, tag="memory_report"):
     models: dict[str, Footprint]
 
 
+class CacheCleared(Message, frozen=True, tag="cache_cleared"):
+    """So many blocks of the prefix cache were forgotten."""
+
+    command_id: int
+    model: str
+    blocks: int
+
+
+class EngineReport(Message, frozen=True, tag="engine_report"):
+    """How a model's engine stands: ten times a second while that changes, and when it has no work.
+
+    ``running`` and ``waiting`` are sequences; ``kv_free_tokens`` are positions of the KV cache that
+    none of them holds, those that the prefix cache remembers among them. Counted since the load:
+    ``preemptions``, and of ``drafted_tokens`` (speculation) those that were right.
+    """
+
+    model: str
+    running: int
+    waiting: int
+    kv_free_tokens: int
+    preemptions: int
+    drafted_tokens: int
+    accepted_tokens: int
+
+
 class Failed(Message, frozen=True, tag="failed"):
     """A command, or a running sequence, could not be carried out. Failure is data.
 
@@ -254,6 +306,8 @@ Event = (
     | ModelUnloaded
     | Embedded
     | MemoryReport
+    | CacheCleared
+    | EngineReport
     | Failed
     | Bye
 )

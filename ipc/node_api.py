@@ -75,15 +75,32 @@ class Activation(msgspec.Struct, frozen=True):
 
 
 class ModelLoad(msgspec.Struct, frozen=True):
-    """What a loaded model has to do right now."""
+    """What a loaded model has to do right now.
+
+    What the prefix cache remembers and nobody uses counts as available.
+    """
 
     id: str
     in_flight: int = 0
+    """Seats that are taken: one for each answer that is made."""
     queue_depth: int = 0
+    """Requests that wait for seats."""
     max_in_flight: int = 0
     max_queue_depth: int = 0
     kv_budget_mb: int = 0
     kv_available_mb: int = 0
+    kv_total_tokens: int = 0
+    kv_free_tokens: int = 0
+    running: int = 0
+    """Sequences that its device computes."""
+    waiting: int = 0
+    """Sequences that wait there for memory."""
+    preemptions: int = 0
+    """Sequences that had to give their memory back and were computed again, since the load."""
+    drafted_tokens: int = 0
+    """Tokens that speculation guessed, since the load."""
+    accepted_tokens: int = 0
+    """Those of them that were right."""
     tok_s_prefill: float = 0.0
     tok_s_decode: float = 0.0
 
@@ -153,6 +170,11 @@ class Servable(msgspec.Struct, frozen=True, omit_defaults=True):
     ok: bool
     reason: str | None = None
     detail: str | None = None
+
+    @property
+    def is_full(self) -> bool:
+        """Whether nothing is wrong, and there is no seat now and no place in the queue."""
+        return self.reason == "overloaded"
 
 
 class Progress(msgspec.Struct, frozen=True, omit_defaults=True):
@@ -239,6 +261,19 @@ class UnloadAnswer(msgspec.Struct, frozen=True):
     """The model is gone, and its memory free."""
 
     status: Literal["unloaded"] = "unloaded"
+
+
+class ClearPrefixCacheRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """``POST /models/clear_prefix_cache``."""
+
+    model_id: ModelId
+
+
+class ClearPrefixCacheAnswer(msgspec.Struct, frozen=True):
+    """So many blocks of computed prompts were forgotten; what runs goes on."""
+
+    blocks: int
+    status: Literal["cleared"] = "cleared"
 
 
 class RestartRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True):

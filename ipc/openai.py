@@ -16,9 +16,10 @@ from typing import Annotated, Any, Literal, TypeVar
 import msgspec
 from msgspec import Meta
 
-from cortex.ipc.errors import UnsupportedParameter
+from cortex.ipc.errors import InvalidRequest, UnsupportedParameter
 from cortex.ipc.requests import ModelId, Parameters, decode_object, model_of, typed
-from cortex.ipc.tools import OffersTools, ToolCall, Tools
+from cortex.ipc.structured import ResponseFormat, StructuredOutputs
+from cortex.ipc.tools import OffersTools, ToolCall, ToolChoice, Tools
 
 MAX_TOKENS = 2**31 - 1
 MAX_CHOICES = 128
@@ -73,6 +74,7 @@ PARAMETERS = Parameters(
         "reasoning_effort": (None,),
         "repetition_penalty": (None, 1, 1.0),
         "response_format": (None, {"type": "text"}),
+        "structured_outputs": (None,),
         "suffix": (None, ""),
         "thinking": (None,),
         "tool_choice": (None, "none", "auto"),
@@ -146,6 +148,8 @@ class SamplingRequest(ModelRequest, kw_only=True):
     stop_token_ids: Annotated[list[TokenId], Meta(max_length=128)] | None = None
     max_tokens: MaxTokens | None = None
     ignore_eos: bool | None = False
+    """With a grammar the answer ends nevertheless where nothing can follow."""
+    structured_outputs: StructuredOutputs | None = None
     stream: bool | None = False
     stream_options: StreamOptions | None = None
 
@@ -171,7 +175,8 @@ class ChatCompletionRequest(OffersTools, SamplingRequest, kw_only=True):
 
     messages: Annotated[list[ChatMessage], Meta(min_length=1)]
     tools: Tools | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    tool_choice: ToolChoice | None = None
+    response_format: ResponseFormat | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: ReasoningEffort | None = None
     thinking: Thinking | None = None
@@ -194,12 +199,33 @@ class ChatCompletionRequest(OffersTools, SamplingRequest, kw_only=True):
         return (self.top_logprobs or 0) if self.logprobs else None
 
     def refuse_unsupported(self) -> None:
-        """Raise UnsupportedParameter for a value that would be ignored."""
+        """Raise UnsupportedParameter for a value that would be ignored, InvalidRequest for two."""
         super().refuse_unsupported()
+        self._refuse_two_formats()
         if self.top_logprobs and not self.logprobs:
             raise UnsupportedParameter(
                 "'top_logprobs' needs 'logprobs': true", param="top_logprobs"
             )
+
+    def _refuse_two_formats(self) -> None:
+        has_format = self.response_format is not None and self.response_format.type != "text"
+        if has_format and self.structured_outputs is not None:
+            raise InvalidRequest(
+                "'response_format' and 'structured_outputs' both say what the answer must be",
+                param="structured_outputs",
+            )
+        if self.tool_choice in (None, "none", "auto"):
+            return
+        for name, is_given in (
+            ("response_format", has_format),
+            ("structured_outputs", self.structured_outputs is not None),
+        ):
+            if is_given:
+                raise InvalidRequest(
+                    f"'tool_choice' demands a call, and {name!r} is about the text: "
+                    f"ask for one of them",
+                    param=name,
+                )
 
 
 class CompletionRequest(SamplingRequest, kw_only=True):
@@ -239,7 +265,7 @@ class TokenizeRequest(OffersTools, ModelRequest, kw_only=True):
     messages: Annotated[list[ChatMessage], Meta(min_length=1)] | None = None
     prompt: Prompt | None = None
     tools: Tools | None = None
-    tool_choice: str | dict[str, Any] | None = None
+    tool_choice: ToolChoice | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: ReasoningEffort | None = None
     thinking: Thinking | None = None
@@ -303,7 +329,7 @@ def decode_request(body: bytes, shape: type[R]) -> R:
 
 
 def _names(shape: type[msgspec.Struct]) -> frozenset[str]:
-    return frozenset(field.encode_name for field in msgspec.structs.fields(shape))
+    return frozenset(shape.__struct_encode_fields__)
 
 
 def _messages(raw: dict[str, Any]) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -46,13 +46,17 @@ class Flag(IntFlag):
 
     TOKEN = 1
     STOP = 2
-    """The sequence ended with one of its stop tokens, which the record carries."""
+    """The sequence ended: with one of its stop tokens, which the record carries, or, without TOKEN,
+    because its grammar lets nothing follow."""
     LENGTH = 4
     """The sequence ended at max_tokens or at the end of the context."""
     CANCELLED = 8
     """The sequence ended because somebody asked for it."""
     TOP = 16
     """No token of the answer: one of the likeliest for the token that follows, and its logprob."""
+    PROMPT = 32
+    """No token: ``token_id`` is how many tokens of the prompt were found in the prefix cache. It
+    comes once, before the first token of an answer."""
     FINISH = STOP | LENGTH | CANCELLED
 
 

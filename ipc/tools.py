@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 from msgspec import Meta
 
-from cortex.ipc.errors import UnsupportedParameter
+from cortex.ipc.errors import InvalidRequest, UnsupportedParameter
 from cortex.ipc.requests import typed
 
 MAX_TOOLS = 512
@@ -48,13 +48,29 @@ class Tool(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     type: Literal["function"] = "function"
 
 
+class FunctionName(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The function that must be called."""
+
+    name: str
+
+
+class NamedTool(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """The tool that must be called."""
+
+    function: FunctionName
+    type: Literal["function"] = "function"
+
+
+ToolChoice = Literal["none", "auto", "required"] | NamedTool
+
+
 class OffersTools:
     """What chat and its tokens share; a struct cannot inherit the fields of two."""
 
     __slots__ = ()
 
     tools: Tools | None
-    tool_choice: str | dict[str, Any] | None
+    tool_choice: ToolChoice | None
 
     @property
     def offered_tools(self) -> list[dict[str, Any]]:
@@ -62,14 +78,20 @@ class OffersTools:
         return [] if self.tool_choice == "none" else self.tools or []
 
     def refuse_unsupported(self) -> None:
-        """Raise UnsupportedParameter for what needs a grammar, and for tools of other types."""
+        """Raise UnsupportedParameter for tools of other types, InvalidRequest for a bad choice."""
         for index, raw in enumerate(self.tools or []):
             _refuse_tool(raw, f"tools[{index}]")
-        if self.tool_choice not in (None, "auto", "none"):
-            raise UnsupportedParameter(
-                "'tool_choice' can be 'auto' or 'none': this version cannot force a call",
-                param="tool_choice",
+        if self.tool_choice == "required" and not self.tools:
+            raise InvalidRequest(
+                "'tool_choice' is 'required', and there are no tools", param="tool_choice"
             )
+        if isinstance(self.tool_choice, NamedTool):
+            name = self.tool_choice.function.name
+            if name not in {tool["function"]["name"] for tool in self.tools or []}:
+                raise InvalidRequest(
+                    f"'tool_choice' names {name!r}, and there is no such tool",
+                    param="tool_choice.function.name",
+                )
 
 
 def _refuse_tool(raw: dict[str, Any], place: str) -> None:
@@ -78,8 +100,4 @@ def _refuse_tool(raw: dict[str, Any], place: str) -> None:
             f"tools of type {kind!r} are not supported by this version; use functions",
             param=f"{place}.type",
         )
-    if typed(raw, Tool, place).function.strict:
-        raise UnsupportedParameter(
-            "'strict' is not supported by this version: it cannot force arguments into a schema",
-            param=f"{place}.function.strict",
-        )
+    typed(raw, Tool, place)

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+from cortex.models.execution import DEFAULT, Execution
+
 
 @dataclass(frozen=True, slots=True)
 class KVCache:
@@ -24,6 +26,13 @@ class KVCache:
     keys: list[Tensor]  # per layer, [blocks, block_tokens, K, D]
     values: list[Tensor]  # per layer, [blocks, block_tokens, K, D]
     block_tokens: int
+    scratch_block: int | None = None  # of these blocks; no sequence's: what pads a step writes here
+    execution: Execution = DEFAULT
+
+    @property
+    def blocks(self) -> int:
+        """How many blocks there are, the scratch block among them."""
+        return self.keys[0].size(0)
 
     @property
     def bytes(self) -> int:

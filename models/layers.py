@@ -39,6 +39,10 @@ class RMSNorm(nn.Module):
         """[T, H] -> [T, H], or each head by itself, [T, heads, D] -> [T, heads, D]."""
         return ops.rms_norm(x, self.weight, self.eps)
 
+    def of_sum(self, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+        """[T, H] and [T, H] -> x + y, and that normalised; a GPU does both in one pass."""
+        return ops.add_rms_norm(x, y, self.weight, self.eps)
+
 
 def add(x: Tensor, y: Tensor) -> Tensor:
     """Add a block's output y to the residual stream x, [T, H] each."""

@@ -21,11 +21,12 @@ class Projection(nn.Module):
     def __init__(self, in_features: int, *out_features: int, has_bias: bool = False) -> None:
         super().__init__()
         self.weight = Matrix(out_features, in_features)
+        self.is_batch_invariant = False  # weights.py knows
         self.register_buffer("bias", torch.empty(0) if has_bias else None)
 
     def forward(self, x: Tensor) -> Tensor:
         """[M, in] -> [M, out]."""
-        y = ops.linear(x, self.weight.parts)
+        y = ops.linear(x, self.weight.parts, is_batch_invariant=self.is_batch_invariant)
         return y if self.bias is None else ops.add_bias(y, self.bias)
 
 

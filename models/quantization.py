@@ -66,10 +66,6 @@ class Part:
         stored = STORED[self.kind]
         return self.data.size(1) // stored.block_bytes * stored.block_elements
 
-    def to(self, device: torch.device) -> Part:
-        """Return the part on *device*, which may be this one."""
-        return Part(self.kind, self.data.to(device), self.tiled_rows)
-
 
 class Matrix(nn.Module):
     """A weight [rows, columns], in one part per stored type, stacked along the rows.

@@ -34,7 +34,7 @@ from cortex.models.config_values import (
 )
 from cortex.models.layers import Decoder, RMSNorm, SwiGLU, add, take
 from cortex.models.linear import ColumnParallel, Embedding, RowParallel
-from cortex.models.rope import Rotary, Rotation, rotate
+from cortex.models.rope import Rotary, Rotation
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 """Parameters we store as one matrix, and the checkpoint tensors they are stacked from."""
@@ -135,8 +135,10 @@ class Layer(nn.Module):
 
     def forward(self, x: Tensor, rotation: Rotation, batch: Batch) -> Tensor:
         """[T, H] -> [T, H]."""
-        h = add(x, self.self_attn(self.input_layernorm(x), rotation, batch))
-        return add(h, self.mlp(self.post_attention_layernorm(h)))
+        h, normed = self.post_attention_layernorm.of_sum(
+            x, self.self_attn(self.input_layernorm(x), rotation, batch)
+        )
+        return add(h, self.mlp(normed))
 
 
 class Attention(nn.Module):
@@ -157,5 +159,5 @@ class Attention(nn.Module):
         """[T, H] -> [T, H]; writes this layer's keys and values into the cache of *batch*."""
         qkv = self.qkv_proj(x).unflatten(-1, (self.n + 2 * self.k, self.d))
         q, k, v = qkv.split([self.n, self.k, self.k], dim=-2)  # [T, N, D], [T, K, D] twice
-        q, k = rotate(self.q_norm(q), rotation), rotate(self.k_norm(k), rotation)
-        return self.o_proj(self.attend(q, k, v, batch).flatten(-2))
+        q, k = self.q_norm(q), self.k_norm(k)
+        return self.o_proj(self.attend(q, k, v, rotation, batch).flatten(-2))

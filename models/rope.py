@@ -2,6 +2,7 @@
 
 Element i of a head's first half turns with element i of its second half. GGUF files of llama store
 queries and keys for the other convention, neighbours turning together; ``weights`` reorders them.
+Here is how far each token turns; ``attention`` turns its queries and keys.
 """
 
 from __future__ import annotations
@@ -34,8 +35,3 @@ class Rotary(nn.Module):
     def forward(self, positions: Tensor) -> Rotation:
         """[T] -> rotations of T tokens, the same for every layer."""
         return Rotation(*ops.rotation(positions, self.frequencies))
-
-
-def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Turn queries or keys [T, heads, D] -> [T, heads, D]."""
-    return ops.rotate(x, rotation.cosines, rotation.sines)

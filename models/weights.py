@@ -10,7 +10,7 @@ and every matrix filled, so a checkpoint of another shape cannot load by acciden
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from io import FileIO
 from itertools import groupby
@@ -27,12 +27,15 @@ from cortex.models.checkpoints.errors import CheckpointError, listed, naming, sh
 from cortex.models.checkpoints.files import open_file
 from cortex.models.checkpoints.names import is_derived, parameter_name
 from cortex.models.checkpoints.tensors import TensorInfo
-from cortex.models.kernels import cpu
+from cortex.models.execution import DEFAULT, Execution
+from cortex.models.kernels import cpu, cuda, cuda_attention
+from cortex.models.kernels.graphs import CudaCapture, DecodeGraphs
 from cortex.models.kernels.program import Program
 from cortex.models.layers import Decoder, RMSNorm
 from cortex.models.linear import Projection
 from cortex.models.quantization import DENSE, DENSE_NAMES, Matrix, Part, row_bytes
 from cortex.models.registry import ARCHITECTURES, Architecture
+from cortex.models.staging import Staging, staging_for
 
 CHUNK_BYTES = 1 << 23  # how often progress is told and a cancelled load can stop
 
@@ -55,15 +58,27 @@ class LoadedModel:
     vocab_size: int
     max_position_embeddings: int
     weights_bytes: int
+    execution: Execution = DEFAULT
+
+    def __post_init__(self) -> None:
+        """Tell the products how to multiply; attention finds it in the cache."""
+        for child in self.module.modules():
+            if isinstance(child, Projection):
+                child.is_batch_invariant = self.execution.is_batch_invariant
 
     def new_cache(self, blocks: int, block_tokens: int) -> KVCache:
-        """Allocate an empty cache of *blocks* blocks of *block_tokens* positions."""
+        """Allocate an empty cache of *blocks* blocks of *block_tokens* positions.
+
+        On a GPU there is one more, the scratch block.
+        """
         if self.device.type == "cpu" and block_tokens == cpu.BLOCK_TOKENS:
             layers = [
                 cpu.new_cache_layer(blocks, self.num_kv_heads, self.head_dim, self.kv_dtype)
                 for _ in range(self.num_layers)
             ]
             return KVCache([k for k, _ in layers], [v for _, v in layers], block_tokens)
+        scratch_block = blocks if self.device.type == "cuda" else None
+        blocks += scratch_block is not None
         shape = (blocks, block_tokens, self.num_kv_heads, self.head_dim)
         keys, values = (
             [
@@ -72,13 +87,22 @@ class LoadedModel:
             ]
             for _ in range(2)
         )
-        return KVCache(keys, values, block_tokens)
+        return KVCache(keys, values, block_tokens, scratch_block, self.execution)
 
-    def recorded(self, cache: KVCache) -> Callable[[Batch], Tensor]:
+    def recorded(self, cache: KVCache, max_sequences: int = 16) -> Callable[[Batch], Tensor]:
         """Return what computes a step with *cache* as the module does, only faster.
 
-        On a CPU that is a recording, whose logits are valid until the next step.
+        On a CPU that is a recording, on a GPU graphs of the decode steps of up to *max_sequences*;
+        the logits of both are valid until the next step.
         """
+        if self.device.type == "cuda" and self.execution.has_graphs:
+            return DecodeGraphs(
+                self.module,
+                cache,
+                CudaCapture(self.device),
+                max_sequences=max_sequences,
+                context_tokens=self.max_position_embeddings,
+            )
         kernels = cpu.kernels() if self.device.type == "cpu" else None
         if kernels is None or self.dtype != torch.float32:
             return self.module
@@ -86,7 +110,12 @@ class LoadedModel:
 
 
 def load_model(
-    path: Path, *, device: torch.device, dtype: str, on_progress: Progress
+    path: Path,
+    *,
+    device: torch.device,
+    dtype: str,
+    on_progress: Progress,
+    execution: Execution = DEFAULT,
 ) -> LoadedModel:
     """Load the GGUF file or checkpoint directory *path* onto *device*.
 
@@ -99,6 +128,9 @@ def load_model(
         float16    the same                                 float16, for long contexts
         float32    in float32, a few times slower           float32
         bfloat16   plain torch in that width, far slower    bfloat16
+
+    On a GPU, whose choices are in *execution*, activations and cache have the same width; "auto" is
+    that of most of the weights, bfloat16 where they are quantised.
 
     *on_progress* gets bytes done and in total; what it raises ends the load. Raises
     CheckpointError.
@@ -113,7 +145,7 @@ def load_model(
     module = architecture.model(config, width).eval().to(device)
     sources = _sources(checkpoint, is_tied=config.tie_word_embeddings)
     total = sum(source.nbytes for source in sources.values())
-    with _Reader(total, on_progress) as reader, naming(path):
+    with _Reader(total, on_progress, staging_for(device)) as reader, naming(path):
         _Filler(
             sources,
             reader,
@@ -122,7 +154,10 @@ def load_model(
             head_dim=config.head_dim,
             width=width,
             tile=kernels.tile if kernels and is_tiled else None,
-        ).fill(module, device)
+            device=device,
+        ).fill(module)
+    if device.type == "cuda":
+        _prepare(module, config, width, execution)
     return LoadedModel(
         module=module,
         device=device,
@@ -134,7 +169,17 @@ def load_model(
         vocab_size=config.vocab_size,
         max_position_embeddings=config.max_position_embeddings,
         weights_bytes=resident_bytes(module),
+        execution=execution,
     )
+
+
+def _prepare(module: nn.Module, config: Any, width: torch.dtype, execution: Execution) -> None:
+    """Have the GPU's kernels chosen, compiled and tried before a step is run or measured."""
+    for child in module.modules():
+        if isinstance(child, Projection):
+            child.is_batch_invariant = execution.is_batch_invariant
+    heads = (config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    cuda.prepare(cuda_attention.Shape(*heads, cuda.BLOCK_TOKENS, width), execution)
 
 
 def activation_dtype(checkpoint: Checkpoint, device: torch.device, dtype: str) -> torch.dtype:
@@ -185,10 +230,11 @@ def _sources(checkpoint: Checkpoint, *, is_tied: bool) -> dict[str, TensorInfo]:
 class _Reader:
     """Reads tensors into memory, one open file at a time, and tells how far it is."""
 
-    def __init__(self, total: int, on_progress: Progress) -> None:
+    def __init__(self, total: int, on_progress: Progress, staging: Staging | None) -> None:
         self.total = total
         self.done = 0
         self.on_progress = on_progress
+        self.staging = staging
         self.path: Path | None = None
         self.file: FileIO | None = None
 
@@ -205,18 +251,24 @@ class _Reader:
             self.file.close()
 
     def read(self, tensor: TensorInfo, into: Tensor) -> None:
-        """Fill *into*, contiguous bytes on the CPU, with the tensor as stored."""
-        view = into.numpy().data.cast("B")
+        """Fill *into*, contiguous bytes, with the tensor as stored; on a GPU they arrive later."""
+        pieces: Iterable[memoryview] = (
+            self.staging.pieces(into) if self.staging else [into.numpy().data.cast("B")]
+        )
         with naming(tensor.path):
             file = self._opened(tensor.path)
             file.seek(tensor.offset)
-            while view:
-                count = file.readinto(view[:CHUNK_BYTES])
-                if not count:
-                    raise CheckpointError(f"the file ended within tensor {shown(tensor.name)}")
-                view = view[count:]
-                self.done += count
-                self.on_progress(self.done, self.total)
+            for piece in pieces:
+                self._fill(piece, file, tensor)
+
+    def _fill(self, view: memoryview, file: FileIO, tensor: TensorInfo) -> None:
+        while view:
+            count = file.readinto(view[:CHUNK_BYTES])
+            if not count:
+                raise CheckpointError(f"the file ended within tensor {shown(tensor.name)}")
+            view = view[count:]
+            self.done += count
+            self.on_progress(self.done, self.total)
 
     def _opened(self, path: Path) -> FileIO:
         if self.file is None or path != self.path:
@@ -240,6 +292,7 @@ class _Filler:
         head_dim: int,
         width: torch.dtype,
         tile: Callable[[Part], Part] | None,
+        device: torch.device,
     ) -> None:
         self.sources = sources
         self.reader = reader
@@ -248,26 +301,27 @@ class _Filler:
         self.head_dim = head_dim
         self.width = width
         self.tile = tile
+        self.device = device
 
-    def fill(self, module: nn.Module, device: torch.device) -> None:
+    def fill(self, module: nn.Module) -> None:
         """Fill all of *module* and see that nothing of the file is left over."""
         for name, child in module.named_modules():
             if isinstance(child, Matrix):
-                child.fill([self._placed(part, device) for part in self._parts(name, child)])
+                child.fill([self._tiled(part) for part in self._parts(name, child)])
             elif isinstance(child, RMSNorm):
-                child.weight = self._vector(self._take(f"{name}.weight"), child.size).to(device)
+                child.weight = self._vector(self._take(f"{name}.weight"), child.size)
             elif isinstance(child, Projection) and child.bias is not None:
-                child.bias = self._bias(name, child.weight.stacked).to(device)
+                child.bias = self._bias(name, child.weight.stacked)
         if self.sources:
             raise CheckpointError(
                 f"has tensors that this architecture has no place for: {listed(self.sources)}"
             )
 
-    def _placed(self, part: Part, device: torch.device) -> Part:
-        """Bring *part* to where it stays, in the order that its products read it."""
+    def _tiled(self, part: Part) -> Part:
+        """Return *part* in the order that its products read it."""
         if self.tile is not None and part.kind not in DENSE:
             return self.tile(part)
-        return part.to(device)
+        return part
 
     def _parts(self, name: str, matrix: Matrix) -> Iterator[Part]:
         """Read the tensors of one matrix, neighbours of the same type into one part."""
@@ -291,13 +345,13 @@ class _Filler:
 
     def _stacked(self, kind: str, tensors: list[tuple[str, TensorInfo]], columns: int) -> Tensor:
         rows = sum(tensor.shape[0] for _, tensor in tensors)
-        data = torch.empty(rows, row_bytes(kind, columns), dtype=torch.uint8)
+        data = torch.empty(rows, row_bytes(kind, columns), dtype=torch.uint8, device=self.device)
         start = 0
         for short, tensor in tensors:
             place = data[start : start + tensor.shape[0]]
             self.reader.read(tensor, place)
             if short in self.paired:
-                place.copy_(_halves_from_pairs(place, self.head_dim))
+                _make_halves_of_pairs(place, self.head_dim)
             start += tensor.shape[0]
         return data
 
@@ -318,7 +372,7 @@ class _Filler:
         _check_shape(tensor, (size,))
         if tensor.type not in DENSE:
             raise CheckpointError(f"tensor {shown(tensor.name)} is {tensor.type}, not floats")
-        data = torch.empty(tensor.nbytes, dtype=torch.uint8)
+        data = torch.empty(tensor.nbytes, dtype=torch.uint8, device=self.device)
         self.reader.read(tensor, data)
         return data.view(DENSE[tensor.type]).float()
 
@@ -330,7 +384,16 @@ def _check_shape(tensor: TensorInfo, shape: tuple[int, ...]) -> None:
         )
 
 
-def _halves_from_pairs(rows: Tensor, head_dim: int) -> Tensor:
-    """Reorder rows [heads * D, ...] from rotary pairs to rotary halves (see ``models.rope``)."""
-    pairs = rows.reshape(-1, head_dim // 2, 2, rows.size(1))  # [heads, D / 2, 2, bytes]
-    return pairs.transpose(1, 2).flatten(0, 2)
+def _make_halves_of_pairs(rows: Tensor, head_dim: int) -> None:
+    """Reorder rows [heads * D, bytes] from rotary pairs to rotary halves (see ``models.rope``).
+
+    On a CPU numpy moves them. torch would share that among threads that spin while they wait, and
+    beside a busy process a load then took 1.3 s of processor time instead of 0.4.
+    """
+    if rows.device.type == "cpu":
+        stored = rows.numpy()
+        pairs = stored.copy().reshape(-1, head_dim // 2, 2, rows.size(1))  # [heads, D / 2, 2, ...]
+        stored[:] = pairs.swapaxes(1, 2).reshape(stored.shape)
+    else:
+        pairs_there = rows.reshape(-1, head_dim // 2, 2, rows.size(1))
+        rows.copy_(pairs_there.transpose(1, 2).flatten(0, 2))

@@ -16,15 +16,15 @@ import re
 import ssl
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Self
+from typing import Final, Self
 
 import structlog
 from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
-from cortex.ipc.errors import InvalidApiKey
+from cortex.ipc.errors import InvalidApiKey, InvalidRequest
 from cortex.ipc.keys import Headers, digest, is_one_of, keys_in, read_keys
-from cortex.ipc.node_api import HEADER_KEY
+from cortex.ipc.node_api import HEADER_KEY, HEADER_PRIORITY
 from cortex.ipc.settings import ConfigError
 from cortex.runtime.config import NeuronConfig
 from cortex.runtime.tls import Certificate
@@ -34,7 +34,10 @@ log = structlog.get_logger()
 CALLER = web.RequestKey("caller", str)
 """The id of the key that somebody showed to the gateway, where it says so; never the secret."""
 
+MOST_URGENT: Final = 10
+"""Priorities go from minus this to this; 0 is everybody's."""
 _FIT = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+_WHOLE_NUMBER = re.compile(r"-?[0-9]{1,9}")
 
 
 class NodeKeys:
@@ -126,6 +129,22 @@ def admitting(access: Access) -> Middleware:
         return await handler(request)
 
     return admit
+
+
+def priority_of(headers: Headers) -> int:
+    """Return what ``x-cortex-priority`` says, of a request that was let in; higher goes first.
+
+    Raise InvalidRequest for what is no whole number in range.
+    """
+    said = headers.getall(HEADER_PRIORITY, ("0",))
+    if len(said) == 1 and _WHOLE_NUMBER.fullmatch(said[0]):
+        priority = int(said[0])
+        if abs(priority) <= MOST_URGENT:
+            return priority
+    raise InvalidRequest(
+        f"{HEADER_PRIORITY} is one whole number from -{MOST_URGENT} to {MOST_URGENT}, higher first",
+        param=HEADER_PRIORITY,
+    )
 
 
 @contextlib.contextmanager

@@ -28,7 +28,7 @@ from cortex.runtime.pieces import (
     Text,
 )
 
-TOKEN, TOP = int(Flag.TOKEN), int(Flag.TOP)
+TOKEN, TOP, PROMPT = int(Flag.TOKEN), int(Flag.TOP), int(Flag.PROMPT)
 STOP, LENGTH, CANCELLED = int(Flag.STOP), int(Flag.LENGTH), int(Flag.CANCELLED)
 FINISH = int(Flag.FINISH)
 """As plain numbers: one ``&`` of an IntFlag takes longer than to make a token text."""
@@ -76,6 +76,8 @@ class Answer:
 
     def __init__(self, reading: Reading) -> None:
         self.completion_tokens = 0
+        self.cached_tokens = 0
+        """Tokens of the prompt that the device did not have to compute."""
         self.reasoning_tokens = 0
         """Tokens that became reasoning; one that became nothing yet counts with what follows."""
         self.calls = 0
@@ -108,9 +110,8 @@ class Answer:
 
     def _add(self, record: TokenRecord) -> list[Piece]:
         flags, reading = record.flags, self._reading
-        if flags & TOP:
-            if reading.logprobs:
-                reading.logprobs.top(record)
+        if not flags & (TOKEN | FINISH):
+            self._note(record)
             return []
         text = self._text_of(record) if flags & TOKEN else ""
         if flags & (STOP | LENGTH):
@@ -122,6 +123,13 @@ class Answer:
         if flags & FINISH and self.finish_reason is None:
             pieces += self._finish(record)
         return self._noted(pieces, flags)
+
+    def _note(self, record: TokenRecord) -> None:
+        """Remember what a record says that is no token of the answer."""
+        if record.flags & PROMPT:
+            self.cached_tokens = record.token_id
+        elif record.flags & TOP and self._reading.logprobs:
+            self._reading.logprobs.top(record)
 
     def _text_of(self, record: TokenRecord) -> str:
         """Return the text that a token makes final; the one that ends a sequence has none."""

@@ -22,8 +22,10 @@ from cortex.ipc.errors import InvalidRequest, Unloadable, UnsupportedParameter
 from cortex.ipc.messages import ReasoningBudget
 from cortex.ipc.node_api import EMBEDDED_MODEL, LoadRequest, ReasoningParser, ToolParser, ToolPrompt
 from cortex.runtime import hermes_turns
+from cortex.runtime.answer_grammar import of_answer
 from cortex.runtime.chat_template import ChatTemplate
 from cortex.runtime.conversation import ChatPrompt, Conversation, ReasoningWish
+from cortex.runtime.parameter_values import resolved
 from cortex.runtime.pieces import PlainReader, Reader
 from cortex.runtime.reasoning import (
     EFFORT_BUDGETS,
@@ -107,6 +109,7 @@ class Chat:
             reader=self._reader(text, offered),
             shown_ids=self._shown_ids(has_tools=bool(offered)),
             reasoning_budget=self._budget(wish, text),
+            grammar=self._grammar(conversation, text),
         )
 
     def _tool_format(self) -> ToolFormat | None:
@@ -172,6 +175,25 @@ class Chat:
         begin = () if form.is_open_after(prompt) else self._tokenizer.encode(form.begin)
         return ReasoningBudget(tokens, tuple(begin), tuple(self._tokenizer.encode(form.end)))
 
+    def _grammar(self, conversation: Conversation, prompt: str) -> str | None:
+        """Return the grammar of the answer to *prompt*, None where nothing is demanded."""
+        reasoning = self._reasoning
+        if reasoning is not None and reasoning.is_over_after(prompt):
+            reasoning = None
+        return of_answer(
+            conversation.text_demand,
+            conversation.call_demand,
+            control_id=self._control_id,
+            call_grammar=self._tools.grammar if self._tools else None,
+            reasoning=reasoning,
+            is_open=reasoning is not None and reasoning.is_open_after(prompt),
+        )
+
+    def _control_id(self, marker: str) -> int | None:
+        """Return the id of the control token that is written so."""
+        token_id = self._tokenizer.id_of(marker)
+        return token_id if token_id in self._tokenizer.control_ids else None
+
     def _reader(
         self, prompt: str, offered: Mapping[str, Mapping[str, Any]]
     ) -> Callable[[], Reader]:
@@ -192,8 +214,8 @@ class Chat:
             markers += [self._reasoning.begin, self._reasoning.end]
         if self._tools and has_tools:
             markers += self._tools.markers
-        found = (self._tokenizer.id_of(marker) for marker in markers)
-        return frozenset(i for i in found if i in self._tokenizer.control_ids)
+        found = (self._control_id(marker) for marker in markers)
+        return frozenset(i for i in found if i is not None)
 
 
 def encoded(tokenizer: Tokenizer, text: str, param: str, *, with_bos: bool = False) -> list[int]:
@@ -213,5 +235,16 @@ def _schemas(tools: Iterable[Mapping[str, Any]]) -> dict[str, Mapping[str, Any]]
         if not isinstance(function, Mapping) or not isinstance(name, str):
             raise InvalidRequest("a tool needs a function with a name", param=f"tools[{i}]")
         parameters = function.get("parameters")
-        found[name] = parameters if isinstance(parameters, Mapping) else {}
+        found[name] = _readable(parameters) if isinstance(parameters, Mapping) else {}
     return found
+
+
+def _readable(parameters: Mapping[str, Any]) -> Mapping[str, Any]:
+    """Return *parameters* whose members say themselves what they are, without references."""
+    members = parameters.get("properties")
+    if not isinstance(members, Mapping):
+        return parameters
+    return {
+        **parameters,
+        "properties": {name: resolved(member, parameters) for name, member in members.items()},
+    }

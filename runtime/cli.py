@@ -107,6 +107,9 @@ def serve(
             log_level=log_level,
         )
         configure_logging("neuron", settings.log_level)
+        from cortex.runtime import fork_server
+
+        fork_server.prepare()  # its import of torch is the longest way to the first token
         from cortex.runtime import serving
 
         serving.serve(settings)

@@ -49,6 +49,9 @@ from cortex.runtime.pieces import (
 Logged = Sequence[Scored] | None
 """Log probabilities that go with a chunk; None where nobody asked for any."""
 
+Chunk = msgspec.Struct | msgspec.Raw
+"""What a stream sends as one event: an object, or its JSON."""
+
 
 class Ended(NamedTuple):
     """How one answer ended."""
@@ -57,16 +60,19 @@ class Ended(NamedTuple):
     stop_reason: str | int | None
 
 
-def usage_of(prompt_tokens: int, completion_tokens: int, reasoning_tokens: int | None) -> Usage:
-    """Return the tokens of one request; this engine has no prefix cache, so none was cached.
+def usage_of(
+    prompt_tokens: int, cached_tokens: int, completion_tokens: int, reasoning_tokens: int | None
+) -> Usage:
+    """Return the tokens of one request; *cached_tokens* of the prompt were in the prefix cache.
 
-    *reasoning_tokens* are None for a model that does not reason.
+    Of several choices the first one's count, as the prompt does once: it is the first one that may
+    have had to compute it. *reasoning_tokens* are None for a model that does not reason.
     """
     return Usage(
         prompt_tokens=prompt_tokens,
         completion_tokens=completion_tokens,
         total_tokens=prompt_tokens + completion_tokens,
-        prompt_tokens_details=PromptTokensDetails(cached_tokens=0),
+        prompt_tokens_details=PromptTokensDetails(cached_tokens),
         completion_tokens_details=(
             None if reasoning_tokens is None else CompletionTokensDetails(reasoning_tokens)
         ),
@@ -79,7 +85,7 @@ class Answers(Protocol):
     def opening(self, index: int, /) -> msgspec.Struct:
         """Return the first chunk of a choice, which is sent before anything is computed."""
 
-    def piece(self, index: int, piece: Piece, logprobs: Logged, /) -> msgspec.Struct:
+    def piece(self, index: int, piece: Piece, logprobs: Logged, /) -> Chunk:
         """Return the chunk that adds *piece*; raise MalformedToolCall where it takes back."""
 
     def ending(self, index: int, ended: Ended, logprobs: Logged, /) -> msgspec.Struct:
@@ -96,6 +102,20 @@ def _now() -> int:
     return int(time.time())
 
 
+class Envelope:
+    """The JSON of *chunk*, all of it but the text that goes in its empty *field*."""
+
+    def __init__(self, chunk: msgspec.Struct, field: str) -> None:
+        empty = f'"{field}":""'.encode()  # as it can stand nowhere else: a text has no plain quotes
+        head, found, self._tail = msgspec.json.encode(chunk).partition(empty)
+        assert found, f"the chunk has an empty {field}"
+        self._head = head + empty[:-2]
+
+    def around(self, text: str) -> msgspec.Raw:
+        """Return the chunk with *text*."""
+        return msgspec.Raw(self._head + msgspec.json.encode(text) + self._tail)
+
+
 @dataclass(frozen=True, slots=True)
 class ChatAnswers:
     """The objects of one chat completion; *nullable* chunks say ``"usage": null``, as OpenAI's."""
@@ -104,13 +124,17 @@ class ChatAnswers:
     nullable: bool = False
     id: str = field(default_factory=lambda: f"chatcmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=_now)
+    _envelopes: dict[int, Envelope] = field(default_factory=dict)
+    """Of the text of each choice: it is most of a stream, and little of each chunk."""
 
     def opening(self, index: int) -> ChatCompletionChunk:
         """Return the chunk with the role."""
         return self._chunk(ChunkChoice(Delta(role="assistant", content=""), index=index))
 
-    def piece(self, index: int, piece: Piece, logprobs: Logged) -> ChatCompletionChunk:
+    def piece(self, index: int, piece: Piece, logprobs: Logged) -> Chunk:
         """Return a chunk with content, reasoning, or a part of a call."""
+        if logprobs is None and isinstance(piece, Text):
+            return self._envelope(index).around(piece.text)
         delta = _delta(piece)
         return self._chunk(ChunkChoice(delta, index=index, logprobs=_of_chat(logprobs)))
 
@@ -144,6 +168,12 @@ class ChatAnswers:
         ]
         return ChatCompletion(self.id, self.created, self.model, made, usage)
 
+    def _envelope(self, index: int) -> Envelope:
+        if index not in self._envelopes:
+            empty = self._chunk(ChunkChoice(Delta(content=""), index=index))
+            self._envelopes[index] = Envelope(empty, "content")
+        return self._envelopes[index]
+
     def _chunk(self, choice: ChunkChoice) -> ChatCompletionChunk:
         usage = None if self.nullable else UNSET
         return ChatCompletionChunk(self.id, self.created, self.model, [choice], usage=usage)
@@ -157,14 +187,17 @@ class TextAnswers:
     nullable: bool = False
     id: str = field(default_factory=lambda: f"cmpl-{secrets.token_hex(12)}")
     created: int = field(default_factory=_now)
+    _envelopes: dict[int, Envelope] = field(default_factory=dict)
 
     def opening(self, index: int) -> Completion:
         """Return the empty first chunk."""
         return self._chunk(TextChoice("", index=index))
 
-    def piece(self, index: int, piece: Piece, logprobs: Logged) -> Completion:
+    def piece(self, index: int, piece: Piece, logprobs: Logged) -> Chunk:
         """Return a chunk with text."""
         assert isinstance(piece, Text), "a text completion is read as it is"
+        if logprobs is None:
+            return self._envelope(index).around(piece.text)
         return self._chunk(TextChoice(piece.text, index=index, logprobs=_of_text(logprobs)))
 
     def ending(self, index: int, ended: Ended, logprobs: Logged) -> Completion:
@@ -190,6 +223,11 @@ class TextAnswers:
             for index, (said, ended) in enumerate(choices)
         ]
         return Completion(self.id, self.created, self.model, made, usage=usage)
+
+    def _envelope(self, index: int) -> Envelope:
+        if index not in self._envelopes:
+            self._envelopes[index] = Envelope(self._chunk(TextChoice("", index=index)), "text")
+        return self._envelopes[index]
 
     def _chunk(self, choice: TextChoice) -> Completion:
         usage = None if self.nullable else UNSET

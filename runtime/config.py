@@ -20,6 +20,7 @@ import msgspec
 from msgspec import Meta
 
 from cortex.ipc import injection
+from cortex.ipc.engine_options import Attention, EngineOptions
 from cortex.ipc.keys import AbsolutePath
 from cortex.ipc.node_api import NEURON_PORT, LoadRequest
 from cortex.ipc.settings import (
@@ -73,7 +74,7 @@ class AdmissionConfig(Table, frozen=True):
     """``[admission]``: how many requests a model takes, for each model."""
 
     max_in_flight: Annotated[int, Meta(ge=1)] = 32
-    """Requests that generate at the same time."""
+    """Answers that are made at the same time; never more than the model's ``max_sequences``."""
     max_queue_depth: Annotated[int, Meta(ge=0)] = 64
     """Requests that wait for a seat; one more is answered 503 ``overloaded``."""
     max_wait_seconds: Annotated[float, Meta(gt=0)] = 30.0
@@ -81,12 +82,34 @@ class AdmissionConfig(Table, frozen=True):
 
 
 class EngineConfig(Table, frozen=True):
-    """``[engine]``: when a device process counts as hanging; it is killed and begins anew."""
+    """``[engine]``: how models compute, and when a device process counts as hanging.
 
+    One that hangs is killed and begins anew.
+    """
+
+    prefix_cache: bool = True
+    """A prompt that begins like an earlier one is computed from where they part."""
+    speculation: bool = True
+    """Tokens that the text itself suggests are computed ahead; the answers are the same."""
+    batch_invariant: bool = False
+    """On a GPU no answer depends on what else is computed with it, at a price in speed. On a CPU
+    that is always so."""
+    attention: Attention = "auto"
+    """On a GPU: the first that is there of flash_attn, torch's own and triton, or the one named;
+    ``reference`` is plain torch, slow."""
+    cuda_graphs: bool = True
+    """On a GPU: a step in which every sequence brings one token is launched as one graph."""
     step_deadline_seconds: Annotated[float, Meta(gt=0)] = 60.0
     """The longest that one step may take."""
     load_stall_seconds: Annotated[float, Meta(gt=0)] = 300.0
     """The longest that a load may make no progress."""
+
+    @property
+    def options(self) -> EngineOptions:
+        """The part that the device processes are told."""
+        return EngineOptions(
+            **{name: getattr(self, name) for name in EngineOptions.__struct_fields__}
+        )
 
 
 class TapsConfig(Table, frozen=True):

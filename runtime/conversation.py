@@ -13,6 +13,8 @@ from typing import Any
 from cortex.ipc.messages import ReasoningBudget
 from cortex.ipc.openai import ChatMessage
 from cortex.runtime.pieces import Reader
+from cortex.runtime.structured import Demand
+from cortex.runtime.tool_grammars import OfferedTool
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,8 +32,23 @@ class ReasoningWish:
 
 
 @dataclass(frozen=True, slots=True)
+class CallDemand:
+    """What a request says of calls beyond offering tools; at first nothing."""
+
+    tools: Sequence[OfferedTool] = ()
+    """All that may be called; where one is named only that."""
+    is_forced: bool = False
+    is_many: bool = True
+
+    @property
+    def needs_grammar(self) -> bool:
+        """Whether calls have to be what the request says."""
+        return self.is_forced or any(tool.is_enforced for tool in self.tools)
+
+
+@dataclass(frozen=True, slots=True)
 class Conversation:
-    """Everything of a request that becomes part of the prompt."""
+    """Everything of a request that becomes part of the prompt, or of its answer's grammar."""
 
     messages: Sequence[ChatMessage]
     tools: Sequence[Mapping[str, Any]] = ()
@@ -40,6 +57,8 @@ class Conversation:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     add_generation_prompt: bool = True
     """Whether the prompt asks for an answer."""
+    text_demand: Demand | None = None
+    call_demand: CallDemand = CallDemand()
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,3 +71,5 @@ class ChatPrompt:
     shown_ids: frozenset[int] = frozenset()
     """Control tokens that the reader must see in the text although nobody else does."""
     reasoning_budget: ReasoningBudget | None = None
+    grammar: str | None = None
+    """Of the whole answer, as llguidance reads it; None where any answer will do."""

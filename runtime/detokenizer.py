@@ -29,11 +29,21 @@ class Detokenizer:
         self._tokenizer = tokenizer
         self._hidden_ids = tokenizer.control_ids.difference(shown_ids).union(hidden_ids)
         self._decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
+        self._is_within_character = False
 
     def add(self, token_ids: Sequence[int]) -> str:
         """Return the text that *token_ids* complete."""
-        shown = (self._tokenizer.bytes_of(i) for i in token_ids if i not in self._hidden_ids)
-        return self._decoder.decode(b"".join(shown))
+        texts = [self._text_of(i) for i in token_ids if i not in self._hidden_ids]
+        return texts[0] if len(texts) == 1 else "".join(texts)
+
+    def _text_of(self, token_id: int) -> str:
+        if not self._is_within_character:
+            text = self._tokenizer.text_of(token_id)
+            if text is not None:  # as nearly always
+                return text
+        text = self._decoder.decode(self._tokenizer.bytes_of(token_id))
+        self._is_within_character = bool(self._decoder.getstate()[0])
+        return text
 
     def flush(self) -> str:
         """Return what is left: � for the bytes of a character that never became whole."""
@@ -57,6 +67,8 @@ class StopStrings:
 
         Once one is found, it and everything after it are dropped, here and in later calls.
         """
+        if not self._stops:
+            return text, False
         if self.hit is not None:
             return "", True
         self._held += text

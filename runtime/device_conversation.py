@@ -23,10 +23,12 @@ from cortex.ipc.errors import (
 )
 from cortex.ipc.messages import (
     Bye,
+    CacheCleared,
     Cancel,
     Command,
     Embed,
     Embedded,
+    EngineReport,
     Event,
     Failed,
     Generate,
@@ -44,6 +46,7 @@ from cortex.runtime.pending_vector import PendingVector
 
 Progress = Callable[[int, int], None]
 Running = Generation | PendingVector
+FINISH = int(Flag.FINISH)
 
 
 class Refused(Exception):
@@ -64,6 +67,8 @@ class Conversation:
     def __init__(self, send: Callable[[Command], None], ids: itertools.count[int]) -> None:
         self.generations: dict[int, Generation] = {}
         self.vectors: dict[int, PendingVector] = {}
+        self.reports: dict[str, EngineReport] = {}
+        """The last of each model."""
         self._send = send
         self._ids = ids
         self._questions: dict[int, asyncio.Future[Event]] = {}
@@ -101,16 +106,22 @@ class Conversation:
             self._progress.pop(command_id, None)
 
     def generate(
-        self, model_id: str, prompt_token_ids: list[int], sampling: SamplingParams
+        self,
+        model_id: str,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        priority: int = 0,
     ) -> Generation:
-        """Start a sequence."""
+        """Start a sequence; of those that wait a higher *priority* goes first."""
         sequence_id = next(self._ids)
         generation = Generation(sequence_id, model_id, self._cancel)
         if self._ended is not None:
             generation.fail(NodeFailed(self._ended))
             return generation
         self.generations[sequence_id] = generation
-        self._send(Generate(sequence_id, sequence_id, model_id, prompt_token_ids, sampling))
+        self._send(
+            Generate(sequence_id, sequence_id, model_id, prompt_token_ids, sampling, priority)
+        )
         return generation
 
     def embed(
@@ -149,7 +160,7 @@ class Conversation:
             generation = self.generations.get(sequence_id)
             if generation is not None:
                 generation.add(batch)
-            if batch[-1].flags & Flag.FINISH:
+            if batch[-1].flags & FINISH:
                 self.generations.pop(sequence_id, None)
 
     def hear(self, event: Event) -> None:
@@ -163,7 +174,12 @@ class Conversation:
                 self._fail(sequence_id, api_error(event))
             case Failed(command_id=int(command_id)):
                 self._refuse(command_id, event)
-            case Pong() | ModelLoaded() | ModelUnloaded() | MemoryReport() | Bye():
+            case EngineReport():
+                self.reports[event.model] = event
+            case ModelUnloaded():
+                self.reports.pop(event.model, None)
+                self._answer(event.command_id, event)
+            case Pong() | ModelLoaded() | MemoryReport() | CacheCleared() | Bye():
                 self._answer(event.command_id, event)
             case Failed() | Hello():
                 pass  # of the process as a whole: the owner of this life acts on it

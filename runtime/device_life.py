@@ -25,6 +25,7 @@ import zmq.asyncio
 
 from cortex.ipc import messages
 from cortex.ipc.channel import SupervisorEnd
+from cortex.ipc.engine_options import EngineOptions
 from cortex.ipc.errors import NodeFailed, ProtocolError
 from cortex.ipc.heartbeat import HeartbeatPage, HeartbeatReader
 from cortex.ipc.messages import Command, Event, Failed, Hello
@@ -89,6 +90,7 @@ class DeviceLife:
         tap: Tap,
         log_level: str = "info",
         deadlines: Deadlines = Deadlines(),  # noqa: B008 - frozen
+        options: EngineOptions = EngineOptions(),  # noqa: B008 - frozen
         hello_timeout_seconds: float = HELLO_TIMEOUT_SECONDS,
         faults: LifeFaults | None = None,
     ) -> None:
@@ -98,6 +100,7 @@ class DeviceLife:
         self._tap = tap
         self._log_level = log_level
         self._deadlines = deadlines
+        self._options = options
         self._hello_timeout_seconds = hello_timeout_seconds
         self._faults = faults
         self._commands: asyncio.Queue[Command] = asyncio.Queue()
@@ -165,6 +168,7 @@ class DeviceLife:
                 device_name=spec.name,
                 memory_bytes=spec.memory_bytes,
                 threads=spec.threads,
+                options=self._options,
                 address=self._channel.address,
                 ring=self._ring,
                 heartbeat=self._heartbeat,

@@ -18,10 +18,19 @@ from typing import Literal
 import structlog
 
 from cortex.ipc import node_api
-from cortex.ipc.errors import ApiError, NodeFailed, Recovering, ShuttingDown
-from cortex.ipc.messages import Command, Event, Hello, SamplingParams, Shutdown
+from cortex.ipc.errors import ApiError, NodeFailed, PeerGone, Recovering, ShuttingDown
+from cortex.ipc.messages import (
+    CacheCleared,
+    ClearPrefixCache,
+    Command,
+    EngineReport,
+    Event,
+    Hello,
+    SamplingParams,
+    Shutdown,
+)
 from cortex.runtime.config import DeviceSpec
-from cortex.runtime.device_conversation import Progress, Running
+from cortex.runtime.device_conversation import Progress, Refused, Running, api_error
 from cortex.runtime.device_life import Life
 from cortex.runtime.device_state import (
     Cause,
@@ -38,6 +47,8 @@ from cortex.runtime.pending_vector import PendingVector
 from cortex.runtime.pulse import Pulse
 
 Clock = Callable[[], float]
+CLEAR_TIMEOUT_SECONDS = 60.0
+"""It is obeyed between two steps."""
 _log = structlog.get_logger()
 
 
@@ -162,12 +173,16 @@ class DeviceProcess:
             late.cancel()
 
     def generate(
-        self, model_id: str, prompt_token_ids: list[int], sampling: SamplingParams
+        self,
+        model_id: str,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        priority: int = 0,
     ) -> Generation:
         """Start a sequence; raise Recovering, NodeFailed or ShuttingDown where that cannot be."""
         self._refuse_unless_ready()
         assert self._life is not None, "a ready device has a life"
-        return self._life.conversation.generate(model_id, prompt_token_ids, sampling)
+        return self._life.conversation.generate(model_id, prompt_token_ids, sampling, priority)
 
     def embed(
         self, model_id: str, prompt_token_ids: list[int], pooling: Literal["last", "mean"]
@@ -177,9 +192,27 @@ class DeviceProcess:
         assert self._life is not None, "a ready device has a life"
         return self._life.conversation.embed(model_id, prompt_token_ids, pooling)
 
+    async def clear_prefix_cache(self, model_id: str) -> int:
+        """Return how many blocks were forgotten; raise what ``generate`` does."""
+        try:
+            answer = await self.ask(
+                lambda command_id: ClearPrefixCache(command_id, model_id),
+                timeout_seconds=CLEAR_TIMEOUT_SECONDS,
+            )
+        except Refused as exc:
+            raise api_error(exc.failed) from exc
+        except PeerGone as exc:
+            raise NodeFailed(str(exc)) from exc
+        assert isinstance(answer, CacheCleared), f"ClearPrefixCache was answered by {answer}"
+        return answer.blocks
+
     def of_model(self, model_id: str) -> list[Running]:
         """Return the generations and embeddings of *model_id* that the device works on."""
         return self._life.conversation.of_model(model_id) if self._life else []
+
+    def report_of(self, model_id: str) -> EngineReport | None:
+        """Return what this life said last of a model's engine; None where it said nothing."""
+        return self._life.conversation.reports.get(model_id) if self._life else None
 
     def fail_model(self, model_id: str, error: ApiError) -> None:
         """End every generation and embedding of *model_id* with *error*."""

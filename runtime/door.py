@@ -104,6 +104,7 @@ class Door:
                 record.model,
                 status=record.status,
                 prompt_tokens=record.prompt_tokens,
+                cached_tokens=record.cached_tokens,
                 completion_tokens=record.completion_tokens,
                 first_token_seconds=record.first_token_seconds,
                 duration_seconds=record.duration_seconds,

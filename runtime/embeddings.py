@@ -20,13 +20,19 @@ from typing import Literal
 import msgspec
 from aiohttp import web
 
-from cortex.ipc.errors import ContextLengthExceeded, InvalidRequest, UnsupportedParameter
+from cortex.ipc.errors import (
+    ContextLengthExceeded,
+    InvalidRequest,
+    PromptTooLongForMemory,
+    UnsupportedParameter,
+)
 from cortex.ipc.http_body import decoded
 from cortex.ipc.openai import EmbeddingRequest, decode_request
 from cortex.ipc.openai_answers import Embedding, EmbeddingList, EmbeddingUsage
+from cortex.runtime.access import priority_of
 from cortex.runtime.door import Door
 from cortex.runtime.inference import servable
-from cortex.runtime.node import Node, TextView
+from cortex.runtime.node import LimitsView, Node, TextView
 from cortex.runtime.prompts import TextThreads, tokens_of
 from cortex.runtime.request_record import RequestRecord
 from cortex.runtime.traffic import Traffics
@@ -48,17 +54,17 @@ class Embeddings:
         """Answer one request; raise ApiError for what is refused."""
         async with self._door.enter(request) as (record, body):
             asked = await decoded(body, lambda raw: decode_request(raw, EmbeddingRequest))
-            return await self._answer(asked, record)
+            return await self._answer(asked, record, priority_of(request.headers))
 
-    async def _answer(self, asked: EmbeddingRequest, record: RequestRecord) -> web.Response:
+    async def _answer(
+        self, asked: EmbeddingRequest, record: RequestRecord, priority: int
+    ) -> web.Response:
         model, text, limits = servable(self._node, asked.model)
         record.model = model.id
         pooling = pooling_of(text, model.id)
         traffic = self._traffics.of(model)
-        async with traffic.admission.seat():
-            inputs = await self._threads.run(
-                lambda: tokens_of_inputs(text, asked, limits.max_context_tokens)
-            )
+        async with traffic.admission.seat(priority=priority):
+            inputs = await self._threads.run(lambda: tokens_of_inputs(text, asked, limits))
             record.prompt_tokens = sum(map(len, inputs))
             vectors = await gathered(
                 inputs, lambda token_ids: self._node.embed(model.id, token_ids, pooling)
@@ -79,25 +85,38 @@ def pooling_of(text: TextView, model_id: str) -> Literal["last", "mean"]:
     return text.pooling
 
 
-def tokens_of_inputs(text: TextView, asked: EmbeddingRequest, most: int) -> list[list[int]]:
+def tokens_of_inputs(
+    text: TextView, asked: EmbeddingRequest, limits: LimitsView
+) -> list[list[int]]:
     """Return the tokens of every input; blocks.
 
-    Raise InvalidRequest, or ContextLengthExceeded where one has more than *most*; both name it.
+    Raise InvalidRequest, or what ``refuse_too_long`` does; all name the input.
     """
     inputs = asked.inputs
     found: list[list[int]] = []
     for index, given in enumerate(inputs):
         place = "input" if len(inputs) == 1 else f"input[{index}]"
         tokens = tokens_of(text, given, place)
-        if len(tokens) > most:
-            raise ContextLengthExceeded(
-                f"This model's maximum context length is {most} tokens. "
-                f"However, {place} resulted in {len(tokens)} tokens.",
-                param=place,
-                extras={"prompt_tokens": len(tokens), "maximum_tokens": most},
-            )
+        refuse_too_long(len(tokens), place, limits)
         found.append(tokens)
     return found
+
+
+def refuse_too_long(tokens: int, place: str, limits: LimitsView) -> None:
+    """Raise ContextLengthExceeded, or PromptTooLongForMemory where only the context is enough."""
+    if tokens > limits.max_context_tokens:
+        raise ContextLengthExceeded(
+            f"This model's maximum context length is {limits.max_context_tokens} tokens. "
+            f"However, {place} resulted in {tokens} tokens.",
+            param=place,
+            extras={"prompt_tokens": tokens, "maximum_tokens": limits.max_context_tokens},
+        )
+    if tokens > limits.kv_cache_tokens:
+        raise PromptTooLongForMemory(
+            f"{place} has {tokens} tokens, and the KV cache holds {limits.kv_cache_tokens}",
+            param=place,
+            extras={"prompt_tokens": tokens, "cache_tokens": limits.kv_cache_tokens},
+        )
 
 
 async def gathered(

@@ -21,6 +21,7 @@ import contextlib
 import faulthandler
 import multiprocessing
 import os
+import select
 import signal
 import sys
 import threading
@@ -194,7 +195,7 @@ class ForkServer:
         try:
             return await self._fork(title, **arguments)
         except TimeoutError:
-            self._give_up_start()
+            await self._give_up_start()
             raise TimeoutError(
                 f"the fork server started nothing in {self._start_timeout_seconds:g} s"
             ) from None
@@ -241,10 +242,15 @@ class ForkServer:
     def _count_started(self, _: concurrent.futures.Future[None]) -> None:
         self._starting -= 1
 
-    def _give_up_start(self) -> None:
-        """Kill a fork server that forks nothing, unless it would take healthy children along."""
-        if not self._living:
+    async def _give_up_start(self) -> None:
+        """Kill a fork server that forks nothing, unless it would take healthy children along.
+
+        It is waited for: while it still dies, multiprocessing would take it for a good one.
+        """
+        pid = server_pid()
+        if not self._living and pid is not None:
             self._kill_server()
+            await asyncio.to_thread(_wait_for_end, pid)
 
     def _kill_server(self) -> None:
         pid = server_pid()
@@ -283,6 +289,14 @@ def _open_pidfd(pid: int) -> int:
         return os.pidfd_open(pid)
     except ProcessLookupError:
         return -1
+
+
+def _wait_for_end(pid: int) -> None:
+    """Return when a killed process is gone, or after a second."""
+    pidfd = _open_pidfd(pid)
+    if pidfd >= 0:
+        select.select([pidfd], [], [], 1.0)
+        os.close(pidfd)
 
 
 def _kill_late(process: ForkServerProcess, started: concurrent.futures.Future[None]) -> None:

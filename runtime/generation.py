@@ -24,6 +24,7 @@ from cortex.ipc.ring import Flag, TokenRecord
 
 FULL_RECORDS = 1024
 LIMIT_RECORDS = 64 * FULL_RECORDS
+FINISH = int(Flag.FINISH)  # as a plain number: one & of an IntFlag takes a microsecond
 READER_PATIENCE_SECONDS = 30.0
 
 
@@ -51,7 +52,8 @@ class Generation:
         self._out_of_patience: asyncio.TimerHandle | None = None
         self._buffer: list[TokenRecord] = []
         self._error: ApiError | None = None
-        self._something = asyncio.Event()
+        self._waiting: asyncio.Future[None] | None = None
+        self._loop: asyncio.AbstractEventLoop | None = None  # asking for it is a system call
 
     def cancel(self) -> None:
         """Ask the device to end the sequence; its CANCELLED finish comes within a step."""
@@ -64,8 +66,8 @@ class Generation:
         if self.ended.is_set():
             return
         self._buffer += records
-        self._something.set()
-        if records[-1].flags & Flag.FINISH:
+        self._wake()
+        if records[-1].flags & FINISH:
             self._end()
         elif len(self._buffer) >= LIMIT_RECORDS:
             self._give_up_reader()
@@ -89,9 +91,9 @@ class Generation:
                 raise self._error
             if self.ended.is_set():
                 raise StopAsyncIteration
-            self._something.clear()
-            await self._something.wait()
-        self._stop_waiting_for_reader()
+            await self._something()
+        if self._out_of_patience is not None:
+            self._stop_waiting_for_reader()
         batch, self._buffer = self._buffer, []
         return batch
 
@@ -109,7 +111,17 @@ class Generation:
     def _end(self) -> None:
         self._stop_waiting_for_reader()
         self.ended.set()
-        self._something.set()
+        self._wake()
+
+    def _something(self) -> asyncio.Future[None]:
+        if self._loop is None:
+            self._loop = asyncio.get_running_loop()
+        self._waiting = self._loop.create_future()
+        return self._waiting
+
+    def _wake(self) -> None:
+        if self._waiting is not None and not self._waiting.done():
+            self._waiting.set_result(None)
 
     def _give_up_reader(self) -> None:
         waiting = len(self._buffer)

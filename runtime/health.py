@@ -12,6 +12,7 @@ from collections.abc import Callable
 
 import msgspec
 
+from cortex.ipc.errors import Overloaded
 from cortex.ipc.messages import Footprint
 from cortex.ipc.node_api import (
     Capabilities,
@@ -88,10 +89,17 @@ class Report:
 
     def models(self) -> list[ModelInfo]:
         """Return ``GET /models``."""
-        infos = [model_info(model) for model in self._node.models.values()]
+        return [self._info_of(model) for model in self._node.models.values()]
+
+    def _info_of(self, model: ModelView) -> ModelInfo:
+        info = model_info(model)
         if self.is_draining:
-            return [msgspec.structs.replace(info, servable=DRAINING) for info in infos]
-        return infos
+            return msgspec.structs.replace(info, servable=DRAINING)
+        seats = self._traffics.of(model).admission.seats if info.servable.ok else None
+        if seats is not None and seats.are_full:
+            servable = Servable(ok=False, reason=Overloaded.code, detail=seats.in_words)
+            return msgspec.structs.replace(info, servable=servable)
+        return info
 
     def _device(self, device: DeviceView) -> DeviceHealth:
         reading, foreign = self._readings.of(device), self._readings.foreign_use_of(device)

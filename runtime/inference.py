@@ -23,6 +23,8 @@ from cortex.ipc.errors import ApiError, InternalError
 from cortex.ipc.http_body import BODY_PATIENCE_SECONDS, decoded
 from cortex.ipc.node_api import HEADER_USAGE
 from cortex.ipc.openai import decode_request
+from cortex.ipc.response_body import ResponseBody
+from cortex.runtime.access import priority_of
 from cortex.runtime.choices import Choices, generating
 from cortex.runtime.door import Door
 from cortex.runtime.node import LimitsView, ModelView, Node, TextView
@@ -38,13 +40,11 @@ from cortex.runtime.served_model import not_loaded
 from cortex.runtime.streaming import (
     DONE,
     HEADERS,
-    KEEP_ALIVE,
     KEEP_ALIVE_SECONDS,
     READER_PATIENCE_SECONDS,
     EventStream,
-    batches_and_silences,
 )
-from cortex.runtime.traffic import TokensHeld, Traffics
+from cortex.runtime.traffic import Traffics
 from cortex.runtime.turn import Asked, Turn, answers_of
 
 log = structlog.get_logger()
@@ -82,9 +82,10 @@ class Inference:
         self, request: web.Request, asked: Asked, record: RequestRecord
     ) -> web.StreamResponse:
         model, text, limits = servable(self._node, asked.model)
+        priority = priority_of(request.headers)
         record.model, record.choices = model.id, asked.choices
         traffic = self._traffics.of(model)
-        async with traffic.admission.seat(asked.choices):
+        async with traffic.admission.seat(asked.choices, priority):
             prompt = await self._threads.run(lambda: prompt_of(text, asked))
             record.prompt_tokens = len(prompt.token_ids)
             sampling = resolve_sampling(
@@ -95,13 +96,14 @@ class Inference:
                     record.prompt_tokens, limits.max_context_tokens, limits.kv_cache_tokens
                 ),
                 reasoning_budget=prompt.reasoning_budget,
+                grammar=prompt.grammar,
             )
             answers, clock = answers_of(asked, text, prompt), self._timing.clock
             turn = Turn(asked, answers, traffic, record, clock, reasons=text.reasons)
             async with generating(
                 asked.choices,
                 lambda index: self._node.generate(
-                    model.id, prompt.token_ids, of_choice(sampling, index)
+                    model.id, prompt.token_ids, of_choice(sampling, index), priority
                 ),
             ) as choices:
                 return await self._respond(request, turn, choices)
@@ -109,19 +111,23 @@ class Inference:
     async def _respond(
         self, request: web.Request, turn: Turn, choices: Choices
     ) -> web.StreamResponse:
-        with turn.traffic.holding(turn.record.prompt_tokens * len(turn.answers)) as held:
-            if not turn.asked.stream:
-                return await self._whole(turn, choices, held)
-            response = web.StreamResponse(headers=HEADERS)
-            await response.prepare(request)
-            stream = EventStream(response, lambda: _cut(request), self._timing.patience_seconds)
-            wants_usage_comment = request.headers.get(HEADER_USAGE) == "1"
-            await self._stream(stream, turn, choices, held, wants_usage_comment)
-            return response
+        if not turn.asked.stream:
+            return await self._whole(turn, choices)
+        response = web.StreamResponse(headers=HEADERS)
+        await response.prepare(request)
+        stream = EventStream(
+            ResponseBody(request, response),
+            lambda: _cut(request),
+            patience_seconds=self._timing.patience_seconds,
+            keep_alive_seconds=self._timing.keep_alive_seconds,
+        )
+        wants_usage_comment = request.headers.get(HEADER_USAGE) == "1"
+        await self._stream(stream, turn, choices, wants_usage_comment)
+        return response
 
-    async def _whole(self, turn: Turn, choices: Choices, held: TokensHeld) -> web.Response:
+    async def _whole(self, turn: Turn, choices: Choices) -> web.Response:
         async for index, records in choices:
-            turn.gather(index, records, held)
+            turn.gather(index, records)
             if not turn.running:
                 break
             if turn.is_over(index):
@@ -130,17 +136,12 @@ class Inference:
         return web.Response(body=body, content_type="application/json")
 
     async def _stream(
-        self,
-        stream: EventStream,
-        turn: Turn,
-        choices: Choices,
-        held: TokensHeld,
-        wants_usage_comment: bool,
+        self, stream: EventStream, turn: Turn, choices: Choices, wants_usage_comment: bool
     ) -> None:
         try:
             for index in range(len(turn.answers)):
                 await stream.send(turn.objects.opening(index))
-            await self._send_chunks(stream, turn, choices, held)
+            await self._send_chunks(stream, turn, choices)
             turn.refuse_unfinished()
             if turn.asked.wants_usage_chunk:
                 await stream.send(turn.objects.usage(turn.usage))
@@ -155,24 +156,15 @@ class Inference:
             log.exception("stream failed")
             await self._send_fault(stream, turn.record, InternalError("internal error"))
 
-    async def _send_chunks(
-        self, stream: EventStream, turn: Turn, choices: Choices, held: TokensHeld
-    ) -> None:
-        """Send the pieces as they form, and a comment where there is none for too long."""
-        keep_alive_seconds = self._timing.keep_alive_seconds
-        silences = batches_and_silences(choices, lambda: keep_alive_seconds - stream.silent_seconds)
-        async with contextlib.aclosing(silences) as batches:
-            async for batch in batches:
-                if batch is not None:
-                    index, records = batch
-                    for chunk in turn.chunks(index, records, held):
-                        await stream.send(chunk)
-                    if not turn.running:
-                        return
-                    if turn.is_over(index):
-                        choices.cancel(index)
-                if stream.silent_seconds >= keep_alive_seconds:
-                    await stream.write(KEEP_ALIVE)
+    async def _send_chunks(self, stream: EventStream, turn: Turn, choices: Choices) -> None:
+        """Send the pieces as they form."""
+        async for index, records in stream.never_silent(choices):
+            for chunk in turn.chunks(index, records):
+                await stream.send(chunk)
+            if not turn.running:
+                return
+            if turn.is_over(index):
+                choices.cancel(index)
 
     async def _send_fault(
         self, stream: EventStream, record: RequestRecord, error: ApiError

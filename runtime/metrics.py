@@ -78,6 +78,18 @@ class Metrics:
         self._prompt_tokens = Counter(
             "vllm:prompt_tokens", "Prompt tokens processed.", model, registry=self.registry
         )
+        self._prefix_queries = Counter(
+            "vllm:prefix_cache_queries",
+            "Prompt tokens that were looked for in the prefix cache.",
+            model,
+            registry=self.registry,
+        )
+        self._prefix_hits = Counter(
+            "vllm:prefix_cache_hits",
+            "Prompt tokens that were found there, and so not computed again.",
+            model,
+            registry=self.registry,
+        )
         self._generated = Counter(
             "vllm:generation_tokens", "Tokens generated.", model, registry=self.registry
         )
@@ -105,6 +117,7 @@ class Metrics:
         *,
         status: int,
         prompt_tokens: int,
+        cached_tokens: int,
         completion_tokens: int,
         first_token_seconds: float | None,
         duration_seconds: float,
@@ -120,6 +133,8 @@ class Metrics:
             return
         self._first_token_seconds.labels(model).observe(first_token_seconds)
         self._prompt_tokens.labels(model).inc(prompt_tokens)
+        self._prefix_queries.labels(model).inc(prompt_tokens)
+        self._prefix_hits.labels(model).inc(cached_tokens)
         self._generated.labels(model).inc(completion_tokens)
         if completion_tokens > 1:
             between = (duration_seconds - first_token_seconds) / (completion_tokens - 1)
@@ -147,6 +162,8 @@ class _States:
         models = {
             "vllm:num_requests_running": ("Requests that hold a seat.", "in_flight"),
             "vllm:num_requests_waiting": ("Requests that wait for a seat.", "queue_depth"),
+            "neuron:sequences_running": ("Sequences that the device computes.", "running"),
+            "neuron:sequences_waiting": ("Sequences that wait there for memory.", "waiting"),
             "neuron:max_in_flight": ("Seats.", "max_in_flight"),
             "neuron:prefill_tokens_per_second": ("Recent mean.", "tok_s_prefill"),
             "neuron:decode_tokens_per_second": ("Recent mean of one request.", "tok_s_decode"),
@@ -157,19 +174,36 @@ class _States:
                 gauge.add_metric([model.id], getattr(model, attribute))
             yield gauge
         yield _cache_usage(health)
+        yield from _counted_since_load(health)
         yield from _devices(health)
 
 
 def _cache_usage(health: Health) -> Metric:
     usage = GaugeMetricFamily(
         "vllm:kv_cache_usage_perc",
-        "Part of the KV cache that running requests hold; 1 is all.",
+        "Part of the KV cache that sequences hold; 1 is all.",
         labels=["model_name"],
     )
     for model in health.models:
-        if model.kv_budget_mb:
-            usage.add_metric([model.id], 1 - model.kv_available_mb / model.kv_budget_mb)
+        if model.kv_total_tokens:
+            usage.add_metric([model.id], 1 - model.kv_free_tokens / model.kv_total_tokens)
     return usage
+
+
+def _counted_since_load(health: Health) -> Iterator[Metric]:
+    counters = {
+        "vllm:num_preemptions": (
+            "Sequences that gave their memory back and were computed again.",
+            "preemptions",
+        ),
+        "vllm:spec_decode_num_draft_tokens": ("Tokens that were guessed.", "drafted_tokens"),
+        "vllm:spec_decode_num_accepted_tokens": ("Guesses that were right.", "accepted_tokens"),
+    }
+    for name, (text, attribute) in counters.items():
+        counter = CounterMetricFamily(name, f"{text} Since the load.", labels=["model_name"])
+        for model in health.models:
+            counter.add_metric([model.id], getattr(model, attribute))
+        yield counter
 
 
 def _devices(health: Health) -> Iterator[Metric]:

@@ -10,13 +10,14 @@ from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Literal, Protocol
 
-from cortex.ipc.messages import Footprint, Hello, SamplingParams
+from cortex.ipc.messages import EngineReport, Footprint, Hello, SamplingParams
 from cortex.ipc.node_api import DeviceState, LoadRequest, ModelStatus, Progress, Servable
 from cortex.ipc.ring import TokenRecord
 from cortex.runtime.answer import TokensToText
 from cortex.runtime.config import DeviceSpec
 from cortex.runtime.conversation import ChatPrompt, Conversation
 from cortex.runtime.sampling import ModelDefaults
+from cortex.runtime.structured import Demand
 
 
 class TextView(Protocol):
@@ -63,6 +64,9 @@ class TextView(Protocol):
     def text_prompt(self, prompt: str) -> list[int]:
         """Tokenise."""
 
+    def text_grammar(self, demand: Demand) -> str:
+        """Return the grammar of a text that is demanded; raise InvalidRequest."""
+
     def detokenizer(self, shown_ids: Collection[int] = ()) -> TokensToText:
         """Return one for a new answer; *shown_ids* are control tokens that it shows."""
 
@@ -107,6 +111,10 @@ class LimitsView(Protocol):
         """Prompt and answer together."""
 
     @property
+    def max_sequences(self) -> int:
+        """Sequences that it computes at a time."""
+
+    @property
     def kv_cache_tokens(self) -> int:
         """Positions that all sequences share."""
 
@@ -133,6 +141,10 @@ class ModelView(Protocol):
     @property
     def limits(self) -> LimitsView | None:
         """What it can take."""
+
+    @property
+    def engine(self) -> EngineReport | None:
+        """How its engine stands, as the device said last; None before the first request."""
 
     @property
     def text(self) -> TextView | None:
@@ -194,10 +206,17 @@ class Node(Protocol):
     async def restart_device(self, index: int, force: bool) -> None:
         """Raise Conflict while it is busy and not forced."""
 
+    async def clear_prefix_cache(self, model_id: str) -> int:
+        """Return how many blocks were forgotten; raise what a request for the model meets."""
+
     def generate(
-        self, model_id: str, prompt_token_ids: list[int], sampling: SamplingParams
+        self,
+        model_id: str,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        priority: int = 0,
     ) -> AbstractAsyncContextManager[TokenStream]:
-        """Start a sequence; leaving its context cancels it."""
+        """Start a sequence, one of higher *priority* first; leaving its context cancels it."""
 
     async def embed(
         self, model_id: str, token_ids: list[int], pooling: Literal["last", "mean"]

@@ -5,15 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from typing import TypeVar
 
 from cortex.ipc.errors import InvalidRequest
 from cortex.ipc.openai import ChatCompletionRequest, CompletionRequest, TokenizeRequest
-from cortex.runtime.conversation import ChatPrompt, Conversation
+from cortex.ipc.tools import NamedTool
+from cortex.runtime.conversation import CallDemand, ChatPrompt, Conversation
 from cortex.runtime.node import TextView
 from cortex.runtime.pieces import PlainReader
 from cortex.runtime.reasoning import wish_of
 from cortex.runtime.sampling import refuse_unknown_tokens
+from cortex.runtime.structured import demand_of
+from cortex.runtime.tool_grammars import OfferedTool
 
 T = TypeVar("T")
 
@@ -39,20 +43,49 @@ def prompt_of(
     text: TextView, asked: ChatCompletionRequest | CompletionRequest | TokenizeRequest
 ) -> ChatPrompt:
     """Return the prompt, and how the answer to it is read; raise ApiError in words."""
-    if not isinstance(asked, ChatCompletionRequest) and asked.prompt is not None:
-        return ChatPrompt(tokens_of(text, asked.prompt, "prompt"), PlainReader)
-    assert not isinstance(asked, CompletionRequest), "it has a prompt"
-    assert asked.messages is not None, "what has no prompt has messages"
-    return text.chat_prompt(
-        Conversation(
-            asked.messages,
-            tools=asked.offered_tools,
-            reasoning=wish_of(asked.reasoning_effort, asked.thinking),
-            template_kwargs=asked.chat_template_kwargs or {},
-            add_generation_prompt=(
-                isinstance(asked, ChatCompletionRequest) or asked.add_generation_prompt
-            ),
+    if isinstance(asked, CompletionRequest):
+        token_ids, demand = tokens_of(text, asked.prompt, "prompt"), demand_of(asked)
+        return ChatPrompt(
+            token_ids, PlainReader, grammar=text.text_grammar(demand) if demand else None
         )
+    if isinstance(asked, TokenizeRequest) and asked.prompt is not None:
+        return ChatPrompt(tokens_of(text, asked.prompt, "prompt"), PlainReader)
+    assert asked.messages is not None, "what has no prompt has messages"
+    conversation = Conversation(
+        asked.messages,
+        tools=asked.offered_tools,
+        reasoning=wish_of(asked.reasoning_effort, asked.thinking),
+        template_kwargs=asked.chat_template_kwargs or {},
+        add_generation_prompt=(
+            isinstance(asked, ChatCompletionRequest) or asked.add_generation_prompt
+        ),
+    )
+    if isinstance(asked, ChatCompletionRequest):
+        conversation = replace(
+            conversation, text_demand=demand_of(asked), call_demand=calls_demanded(asked)
+        )
+    return text.chat_prompt(conversation)
+
+
+def calls_demanded(asked: ChatCompletionRequest) -> CallDemand:
+    """Return what *asked* says of calls; only a named tool is called once."""
+    choice = asked.tool_choice
+    named = choice.function.name if isinstance(choice, NamedTool) else None
+    is_forced = named is not None or choice == "required"
+    functions = [(i, tool["function"]) for i, tool in enumerate(asked.offered_tools)]
+    return CallDemand(
+        tools=[
+            OfferedTool(
+                function["name"],
+                function.get("parameters"),
+                place=f"tools[{index}].function.parameters",
+                is_enforced=is_forced or bool(function.get("strict")),
+            )
+            for index, function in functions
+            if named in (None, function["name"])
+        ],
+        is_forced=is_forced,
+        is_many=named is None and asked.parallel_tool_calls is not False,
     )
 
 

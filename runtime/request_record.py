@@ -22,6 +22,8 @@ class RequestRecord(msgspec.Struct):
     model: str | None = None
     status: int = 200
     prompt_tokens: int = 0
+    cached_tokens: int = 0
+    """Of the prompt, found in the prefix cache; of the first choice."""
     completion_tokens: int = 0
     choices: int = 1
     reasoning_tokens: int = 0

@@ -26,6 +26,8 @@ from cortex.ipc.errors import (
 )
 from cortex.ipc.node_api import (
     Capabilities,
+    ClearPrefixCacheAnswer,
+    ClearPrefixCacheRequest,
     Discovery,
     Endpoint,
     Health,
@@ -95,6 +97,14 @@ ROUTES = (
         {200: UnloadAnswer},
         takes=UnloadRequest,
         errors=(ModelNotFound, Conflict, NodeFailed),
+    ),
+    Route(
+        "POST",
+        "/models/clear_prefix_cache",
+        routes.clear_prefix_cache,
+        {200: ClearPrefixCacheAnswer},
+        takes=ClearPrefixCacheRequest,
+        errors=(*NOT_LOADED, NodeFailed, ShuttingDown),
     ),
     Route(
         "POST",

@@ -16,6 +16,8 @@ from aiohttp import web
 from cortex.ipc.errors import ApiError, InvalidRequest, ModelNotFound, RouteNotFound
 from cortex.ipc.http_body import decoded, read_body
 from cortex.ipc.node_api import (
+    ClearPrefixCacheAnswer,
+    ClearPrefixCacheRequest,
     Endpoint,
     LoadAnswer,
     LoadRequest,
@@ -144,6 +146,13 @@ async def unload(request: web.Request) -> web.Response:
     asked = await _asked(request, lambda body: decode_body(body, UnloadRequest))
     await request.app[SERVICES].node.unload(asked.model_id, asked.force)
     return _json(UnloadAnswer())
+
+
+async def clear_prefix_cache(request: web.Request) -> web.Response:
+    """``POST /models/clear_prefix_cache``: no prompt after it is found to be computed already."""
+    asked = await _asked(request, lambda body: decode_body(body, ClearPrefixCacheRequest))
+    blocks = await request.app[SERVICES].node.clear_prefix_cache(asked.model_id)
+    return _json(ClearPrefixCacheAnswer(blocks))
 
 
 async def restart_device(request: web.Request) -> web.Response:

@@ -80,6 +80,7 @@ def resolve_sampling(
     model: ModelSampling,
     room_tokens: int,
     reasoning_budget: ReasoningBudget | None = None,
+    grammar: str | None = None,
 ) -> SamplingParams:
     """Return how to sample the first choice; raise InvalidRequest.
 
@@ -102,6 +103,7 @@ def resolve_sampling(
         stop_token_ids=tuple(dict.fromkeys((*ends, *stops))),
         top_logprobs=asked.wanted_logprobs,
         reasoning_budget=reasoning_budget,
+        grammar=grammar,
         **_settled(asked, operator, model.generation),
     )
 

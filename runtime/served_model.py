@@ -17,7 +17,7 @@ from cortex.ipc.errors import (
     ModelNotFound,
     Recovering,
 )
-from cortex.ipc.messages import Footprint, ModelLoaded
+from cortex.ipc.messages import EngineReport, Footprint, ModelLoaded
 from cortex.ipc.node_api import LoadRequest, ModelStatus, Progress, Servable
 from cortex.runtime.device_conversation import Running
 from cortex.runtime.device_process import Clock, DeviceProcess
@@ -81,6 +81,11 @@ class ServedModel:
     def running(self) -> list[Running]:
         """What runs on it now."""
         return self.device.of_model(self.id)
+
+    @property
+    def engine(self) -> EngineReport | None:
+        """How its engine stands, as the device said last; None before the first request."""
+        return self.device.report_of(self.id)
 
     @property
     def progress(self) -> Progress | None:

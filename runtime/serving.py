@@ -1,7 +1,9 @@
 """The life of a neuron, in order: look, bind, fork, listen, load, serve, drain, exit.
 
-What can be wrong with the configuration or the address is found before anything is started. The
-fork server is launched on the main thread, before any loop or thread; uvloop runs the rest.
+What can be wrong with the configuration or the address is found before any device process is
+started. The fork server has been launched by then (``cli.py``: on the main thread, before any loop
+or thread, and before the imports of this module, which take as long as a third of its own); uvloop
+runs the rest.
 """
 
 from __future__ import annotations
@@ -21,7 +23,6 @@ from aiohttp import web
 from cortex.ipc import service_manager
 from cortex.ipc.settings import is_loopback
 from cortex.ipc.taps import SUPERVISOR, Tap
-from cortex.runtime import fork_server
 from cortex.runtime.access import Access
 from cortex.runtime.activation import Activation
 from cortex.runtime.app import build_app, build_runner, build_services
@@ -59,7 +60,10 @@ class CannotListen(OSError):
 
 
 def serve(config: NeuronConfig) -> None:
-    """Run the neuron until it is told to stop; raise ConfigError or CannotListen."""
+    """Run the neuron until it is told to stop; raise ConfigError or CannotListen.
+
+    ``fork_server.prepare`` has been called.
+    """
     sys.setswitchinterval(GIL_SECONDS)
     access = Access.of(config)
     files = ModelFiles(config.places)
@@ -67,7 +71,6 @@ def serve(config: NeuronConfig) -> None:
     host = Surroundings.look()
     devices = resolve_devices(config, host.inventory, Host.read())
     listener = bind(*config.address)
-    fork_server.prepare()
     uvloop.run(_serve(config, devices, listener, host, access=access, files=files))
 
 
@@ -165,6 +168,7 @@ async def _serve(
             deadlines=Deadlines(
                 config.engine.step_deadline_seconds, config.engine.load_stall_seconds
             ),
+            options=config.engine.options,
             faults=_faults(),
         )
         async with supervisor as node:

@@ -22,6 +22,7 @@ from typing import Literal, Self
 import structlog
 import zmq.asyncio
 
+from cortex.ipc.engine_options import EngineOptions
 from cortex.ipc.errors import ApiError, Conflict, RouteNotFound, ShuttingDown
 from cortex.ipc.messages import SamplingParams
 from cortex.ipc.node_api import LoadRequest
@@ -67,6 +68,7 @@ class Supervisor:
         backoff: Callable[[int], float] = device_state.backoff_seconds,
         footprints: Footprints | None = None,
         deadlines: Deadlines = Deadlines(),  # noqa: B008 - frozen
+        options: EngineOptions = EngineOptions(),  # noqa: B008 - frozen
         faults: InjectedFaults | None = None,
     ) -> None:
         self.is_draining = False
@@ -75,6 +77,7 @@ class Supervisor:
         self._log_level = log_level
         self._begin_life = begin_life
         self._deadlines = deadlines
+        self._options = options
         self._faults = faults
         self._files = files if faults is None else faults.around(files)
         self._models: dict[str, ServedModel] = {}
@@ -170,8 +173,22 @@ class Supervisor:
         device.restart()
         await device.become_ready()
 
+    async def clear_prefix_cache(self, model_id: str) -> int:
+        """Return how many blocks of computed prompts were forgotten; raise what ``generate`` does.
+
+        What runs goes on.
+        """
+        self._refuse_while_draining()
+        model = self._find(model_id)
+        model.refuse_unless_loaded()
+        return await model.device.clear_prefix_cache(model_id)
+
     def generate(
-        self, model_id: str, prompt_token_ids: list[int], sampling: SamplingParams
+        self,
+        model_id: str,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        priority: int = 0,
     ) -> Generation:
         """Start a sequence.
 
@@ -181,7 +198,7 @@ class Supervisor:
         self._refuse_while_draining()
         model = self._find(model_id)
         model.refuse_unless_loaded()
-        return model.device.generate(model_id, prompt_token_ids, sampling)
+        return model.device.generate(model_id, prompt_token_ids, sampling, priority)
 
     async def embed(
         self, model_id: str, token_ids: list[int], pooling: Literal["last", "mean"]
@@ -255,6 +272,7 @@ class Supervisor:
             tap=self._taps,
             log_level=self._log_level,
             deadlines=self._deadlines,
+            options=self._options,
             faults=self._faults.next_life(spec.name) if self._faults else None,
         )
 

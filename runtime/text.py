@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
@@ -25,10 +25,13 @@ from cortex.models.checkpoints.checkpoint import Checkpoint
 from cortex.models.checkpoints.errors import CheckpointError
 from cortex.models.checkpoints.gguf import GGUFFile
 from cortex.models.checkpoints.json import read_bytes, read_object
+from cortex.runtime.answer_grammar import of_text
 from cortex.runtime.chat import Chat, ChatOptions, encoded
 from cortex.runtime.chat_template import ChatTemplate
 from cortex.runtime.conversation import ChatPrompt, Conversation
 from cortex.runtime.detokenizer import Detokenizer
+from cortex.runtime.grammar_check import GrammarCheck
+from cortex.runtime.structured import Demand
 from cortex.runtime.tokenizer import Tokenizer
 from cortex.runtime.tokenizer_cache import TokenizerCache
 
@@ -88,6 +91,7 @@ class TextSide:
     """Of the weights, which may have rows that no token of the tokenizer uses."""
     pooling: Literal["last", "mean"] | None = None
     """How the checkpoint makes one vector of a text; None where it does not."""
+    grammars: GrammarCheck = field(default_factory=GrammarCheck, compare=False)
 
     @classmethod
     def from_checkpoint(
@@ -134,13 +138,33 @@ class TextSide:
         return self.chat is not None and self.chat.takes_effort
 
     def chat_prompt(self, conversation: Conversation) -> ChatPrompt:
-        """Return the prompt of a conversation; raise InvalidRequest or UnsupportedParameter."""
+        """Return the prompt of a conversation; raise InvalidRequest or UnsupportedParameter.
+
+        A grammar that cannot be enforced is refused by the place of what is wrong in it.
+        """
         if self.chat is None:
             raise UnsupportedParameter(
                 "this model has no chat template, so it cannot chat: use /v1/completions",
                 param="messages",
             )
-        return self.chat.prompt(conversation)
+        prompt = self.chat.prompt(conversation)
+        if prompt.grammar is not None:
+            self._refuse_bad_grammar(prompt.grammar, conversation)
+        return prompt
+
+    def text_grammar(self, demand: Demand) -> str:
+        """Return the grammar of an answer that is *demand* alone; raise InvalidRequest."""
+        grammar = of_text(demand)
+        self.grammars.refuse_bad(grammar, self.tokenizer, demand.place)
+        return grammar
+
+    def _refuse_bad_grammar(self, grammar: str, conversation: Conversation) -> None:
+        """Check its parts, so that the place of a bad one can be named, and then the whole."""
+        demand, calls = conversation.text_demand, conversation.call_demand
+        tools = [tool for tool in calls.tools if tool.is_enforced]
+        for part in [*([demand] if demand else []), *(tool.demand for tool in tools)]:
+            self.text_grammar(part)
+        self.grammars.refuse_bad(grammar, self.tokenizer, demand.place if demand else "tools")
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes that one token stands for."""
@@ -162,8 +186,8 @@ def _read(
     checkpoint: Checkpoint, options: ChatOptions | None, tokenizers: TokenizerCache
 ) -> TextSide:
     path = checkpoint.path
-    if checkpoint.format == "gguf":
-        file = GGUFFile.open(path)
+    if checkpoint.gguf is not None:
+        file = checkpoint.gguf
         tokenizer = tokenizers.of([path], lambda: Tokenizer.from_gguf(file))
         source = _gguf_template(file)
     else:

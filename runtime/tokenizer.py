@@ -23,6 +23,7 @@ from cortex.ipc.errors import Unloadable
 from cortex.models.checkpoints.errors import CheckpointError
 from cortex.models.checkpoints.gguf import GGUFFile
 from cortex.models.checkpoints.json import read_bytes, read_object
+from cortex.models.checkpoints.token_bytes import token_bytes
 from cortex.runtime.pre_tokenizers import PRE_TOKENIZERS
 
 T = TypeVar("T")
@@ -32,16 +33,6 @@ MAX_TOKENIZER_BYTES = 1 << 26
 
 CONTROL, USER_DEFINED = 3, 4
 """``tokenizer.ggml.token_type`` of tokens that are found in text before it is cut."""
-
-
-def _byte_alphabet() -> dict[str, int]:
-    """Return the character that stands for each byte in a byte-level vocabulary (GPT-2, 2019)."""
-    shown = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    hidden = [byte for byte in range(256) if byte not in shown]
-    return {chr(b): b for b in shown} | {chr(256 + i): b for i, b in enumerate(hidden)}
-
-
-BYTE_OF = _byte_alphabet()
 
 
 class Tokenizer:
@@ -58,6 +49,7 @@ class Tokenizer:
         self._added_ids = frozenset(added)
         self._backend = backend
         self._bytes: dict[int, bytes] = {}
+        self._texts: dict[int, str | None] = {}
 
     @classmethod
     def from_gguf(cls, file: GGUFFile) -> Tokenizer:
@@ -109,14 +101,24 @@ class Tokenizer:
             found = self._bytes[token_id] = self._look_up(token_id)
         return found
 
+    def text_of(self, token_id: int) -> str | None:
+        """Return the text of one token; None where its bytes are no whole characters."""
+        try:
+            return self._texts[token_id]
+        except KeyError:
+            text = self._texts[token_id] = _whole(self.bytes_of(token_id))
+            return text
+
     def _look_up(self, token_id: int) -> bytes:
         text = self._backend.id_to_token(token_id)
-        if text is None:
-            return b""
-        try:
-            return bytes(BYTE_OF[character] for character in text)
-        except KeyError:  # an added token, written as it reads
-            return text.encode()
+        return b"" if text is None else token_bytes(text)
+
+
+def _whole(data: bytes) -> str | None:
+    try:
+        return data.decode()
+    except UnicodeDecodeError:
+        return None
 
 
 def _is_byte_level(backend: tokenizers.Tokenizer) -> bool:

@@ -27,6 +27,7 @@ from cortex.runtime.tool_call_xml import (
     PARAMETER_END,
     function_call,
 )
+from cortex.runtime.tool_grammars import CallGrammar, hermes, llama3, mistral, qwen_xml
 
 MAX_HEAD_CHARACTERS = 512
 """Of name and id before the arguments of Mistral's newer format."""
@@ -99,6 +100,8 @@ class ToolFormat:
     """A regular expression for a call of PROBECALL, as the family's chat templates write it."""
     begins: Mapping[str, Parser]
     """The markers that open a block anywhere, and the parsers of what follows them."""
+    grammar: CallGrammar
+    """How calls are written where a grammar demands them."""
     further_markers: tuple[str, ...] = ()
     """Those that come within a block."""
     begins_at_start: Mapping[str, Parser] = field(default_factory=dict)
@@ -114,21 +117,25 @@ FORMATS = {
     "qwen_xml": ToolFormat(
         written=r"<tool_call>\s*<function=PROBECALL>",
         begins={"<tool_call>": _tool_call, "<function=": _function},
+        grammar=qwen_xml,
         further_markers=(BLOCK_END, FUNCTION_END, PARAMETER, PARAMETER_END),
     ),
     "hermes": ToolFormat(
         written=r'<tool_call>\s*\{\s*"name": "PROBECALL"',
         begins={"<tool_call>": _tool_call},
+        grammar=hermes,
         further_markers=(BLOCK_END,),
     ),
     "mistral": ToolFormat(
         written=r'\[TOOL_CALLS\]\s*(?:PROBECALL|\[\{"name": "PROBECALL")',
         begins={"[TOOL_CALLS]": _mistral_calls},
+        grammar=mistral,
         further_markers=("[ARGS]", "[CALL_ID]"),
     ),
     "llama3": ToolFormat(
         written=r'\{"name": "PROBECALL", "parameters"',
         begins={"<|python_tag|>": _llama_calls},
+        grammar=llama3,
         begins_at_start={"{": _llama_calls},
     ),
 }

@@ -1,17 +1,14 @@
 """What each loaded model has to do right now, and how fast it has been lately.
 
 Rates        moving means of prefill and decode speed, per request
-Traffic      one model's seats, rates, and the tokens its running requests hold
+Traffic      one model's seats, rates, and what its device says of the KV cache
 Traffics     that of every model; a model that was loaded anew begins anew
 """
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
-
 from cortex.ipc.node_api import ModelLoad
-from cortex.runtime.admission import Admission
+from cortex.runtime.admission import Admission, CacheRoom, Seats
 from cortex.runtime.config import AdmissionConfig
 from cortex.runtime.node import ModelView
 
@@ -43,28 +40,32 @@ def _mean(before: float, tokens: int, seconds: float) -> float:
 
 
 class Traffic:
-    """One model's requests; *model* is one load of it."""
+    """One model's requests; *model* is one load of it.
+
+    It has as many seats as its device computes sequences at a time, or fewer where *limits* say so.
+    """
 
     def __init__(self, model: ModelView, limits: AdmissionConfig) -> None:
         self.model = model
         self.rates = Rates()
+        seats = limits.max_in_flight
+        if model.limits is not None:
+            seats = min(seats, model.limits.max_sequences)
         self.admission = Admission(
-            limits.max_in_flight, limits.max_queue_depth, limits.max_wait_seconds
+            Seats(seats, limits.max_queue_depth, self.room), limits.max_wait_seconds
         )
-        self._held_tokens: dict[object, int] = {}
 
-    @contextlib.contextmanager
-    def holding(self, prompt_tokens: int) -> Iterator[TokensHeld]:
-        """Count the tokens that one running request holds in the KV cache."""
-        held = TokensHeld(self._held_tokens, prompt_tokens)
-        try:
-            yield held
-        finally:
-            held.release()
+    def room(self) -> CacheRoom | None:
+        """Return what the KV cache has, as the device said last; None before the load."""
+        limits, engine = self.model.limits, self.model.engine
+        if limits is None:
+            return None
+        total = limits.kv_cache_tokens
+        return CacheRoom(total if engine is None else engine.kv_free_tokens, total)
 
     def load(self) -> ModelLoad:
         """Return what ``/health`` says of the model."""
-        seats = self.admission.seats
+        seats, engine, room = self.admission.seats, self.model.engine, self.room()
         budget_mb, available_mb = self._kv_mb()
         return ModelLoad(
             id=self.model.id,
@@ -74,34 +75,24 @@ class Traffic:
             max_queue_depth=seats.max_queue_depth,
             kv_budget_mb=budget_mb,
             kv_available_mb=available_mb,
+            kv_total_tokens=room.total_tokens if room else 0,
+            kv_free_tokens=room.free_tokens if room else 0,
+            running=engine.running if engine else 0,
+            waiting=engine.waiting if engine else 0,
+            preemptions=engine.preemptions if engine else 0,
+            drafted_tokens=engine.drafted_tokens if engine else 0,
+            accepted_tokens=engine.accepted_tokens if engine else 0,
             tok_s_prefill=round(self.rates.prefill, 1),
             tok_s_decode=round(self.rates.decode, 1),
         )
 
     def _kv_mb(self) -> tuple[int, int]:
-        """Return the KV cache's megabytes, and those that no running request holds."""
-        footprint, limits = self.model.footprint, self.model.limits
-        if footprint is None or limits is None or not limits.kv_cache_tokens:
+        """Return the KV cache's megabytes, and those that no sequence holds."""
+        footprint, room = self.model.footprint, self.room()
+        if footprint is None or room is None or not room.total_tokens:
             return 0, 0
-        held = min(sum(self._held_tokens.values()), limits.kv_cache_tokens)
-        free_bytes = footprint.kv_bytes * (limits.kv_cache_tokens - held) // limits.kv_cache_tokens
+        free_bytes = footprint.kv_bytes * room.free_tokens // room.total_tokens
         return footprint.kv_bytes // MIB, free_bytes // MIB
-
-
-class TokensHeld:
-    """The tokens of one request, in a table that all requests of the model share."""
-
-    def __init__(self, table: dict[object, int], tokens: int) -> None:
-        self._table = table
-        table[self] = tokens
-
-    def add(self, tokens: int) -> None:
-        """Count *tokens* more."""
-        self._table[self] += tokens
-
-    def release(self) -> None:
-        """Count nothing any more."""
-        del self._table[self]
 
 
 class Traffics:

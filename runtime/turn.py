@@ -9,16 +9,23 @@ import msgspec
 from cortex.ipc.errors import NodeFailed
 from cortex.ipc.openai import ChatCompletionRequest, CompletionRequest
 from cortex.ipc.openai_answers import Usage
-from cortex.ipc.ring import Flag, TokenRecord
-from cortex.runtime.answer import Answer, Reading, Said
-from cortex.runtime.completions import Answers, ChatAnswers, Ended, TextAnswers, usage_of
+from cortex.ipc.ring import TokenRecord
+from cortex.runtime.answer import TOP, Answer, Reading, Said
+from cortex.runtime.completions import (
+    Answers,
+    ChatAnswers,
+    Chunk,
+    Ended,
+    TextAnswers,
+    usage_of,
+)
 from cortex.runtime.conversation import ChatPrompt
 from cortex.runtime.detokenizer import StopStrings
 from cortex.runtime.logprobs import Logprobs, Scored
 from cortex.runtime.node import TextView
 from cortex.runtime.pieces import Piece
 from cortex.runtime.request_record import RequestRecord
-from cortex.runtime.traffic import TokensHeld, Traffic
+from cortex.runtime.traffic import Traffic
 
 Asked = ChatCompletionRequest | CompletionRequest
 
@@ -55,16 +62,19 @@ class Turn:
     def usage(self) -> Usage:
         """Tokens so far; of reasoning only where the model may reason."""
         reasoning = self.record.reasoning_tokens if self._reasons else None
-        return usage_of(self.record.prompt_tokens, self.record.completion_tokens, reasoning)
+        record = self.record
+        return usage_of(
+            record.prompt_tokens, record.cached_tokens, record.completion_tokens, reasoning
+        )
 
     def is_over(self, index: int) -> bool:
         """Whether the answer *index* has ended."""
         return self.answers[index].finish_reason is not None
 
-    def gather(self, index: int, records: list[TokenRecord], held: TokensHeld) -> None:
+    def gather(self, index: int, records: list[TokenRecord]) -> None:
         """Take a batch of an answer that will be given whole; nothing where it has ended."""
         if not self.is_over(index):
-            pieces = self._add(index, records, held)
+            pieces = self._add(index, records)
             self._said[index].add(pieces, self.answers[index].take_logprobs())
 
     def whole(self) -> msgspec.Struct:
@@ -75,22 +85,19 @@ class Turn:
         ]
         return self.objects.whole(ended, self.usage)
 
-    def chunks(
-        self, index: int, records: list[TokenRecord], held: TokensHeld
-    ) -> Iterator[msgspec.Struct]:
+    def chunks(self, index: int, records: list[TokenRecord]) -> Iterator[Chunk]:
         """Yield what a batch adds to an answer, and its end; nothing where it has ended.
 
         Raise MalformedToolCall where what was given out would have to be taken back.
         """
         answer = self.answers[index]
         for part in _tokens(records) if self._is_scored else (records,):
-            if self.is_over(index):
+            if answer.finish_reason is not None:
                 return
-            pieces = self._add(index, part, held)
-            for piece in pieces:
+            for piece in self._add(index, part):
                 if piece is not answer.cut_call:  # then it just ends, as the finish reason says
                     yield self.objects.piece(index, piece, self._scored(index))
-            if self.is_over(index):
+            if answer.finish_reason is not None:
                 yield self.objects.ending(index, _ended(answer), self._scored(index))
 
     def refuse_unfinished(self) -> None:
@@ -98,17 +105,18 @@ class Turn:
         if self.running:
             raise NodeFailed("the generation ended without a finish")
 
-    def _add(self, index: int, records: list[TokenRecord], held: TokensHeld) -> list[Piece]:
+    def _add(self, index: int, records: list[TokenRecord]) -> list[Piece]:
         """Return the pieces that *records* finish; measure what they say."""
         answer, record = self.answers[index], self.record
         tokens, reasoning, calls = answer.completion_tokens, answer.reasoning_tokens, answer.calls
         pieces = answer.add(records)
-        tokens = answer.completion_tokens - tokens
-        held.add(tokens)
-        record.completion_tokens += tokens
+        record.completion_tokens += answer.completion_tokens - tokens
         record.reasoning_tokens += answer.reasoning_tokens - reasoning
         record.tool_calls += answer.calls - calls
-        self._measure(index, self._clock())
+        if index == 0:
+            record.cached_tokens = answer.cached_tokens
+        if self._first_token[index] is None or answer.finish_reason is not None:
+            self._measure(index, self._clock())
         return pieces
 
     def _scored(self, index: int) -> list[Scored] | None:
@@ -116,10 +124,14 @@ class Turn:
         return self.answers[index].take_logprobs() if self._is_scored else None
 
     def _measure(self, index: int, now: float) -> None:
+        """Note when the first token came and how the answer ended; neither may have happened."""
         answer, first = self.answers[index], self._first_token[index]
+        if not answer.completion_tokens and answer.finish_reason is None:
+            return
         if self.record.first_token_seconds is None:
             self.record.first_token_seconds = now - self.record.arrived
-            self.traffic.rates.prefilled(self.record.prompt_tokens, now - self._submitted)
+            computed = self.record.prompt_tokens - self.record.cached_tokens
+            self.traffic.rates.prefilled(computed, now - self._submitted)
         if first is None:
             self._first_token[index] = first = now
         if answer.finish_reason is not None:
@@ -158,7 +170,7 @@ def _tokens(records: list[TokenRecord]) -> Iterator[list[TokenRecord]]:
     part: list[TokenRecord] = []
     for record in records:
         part.append(record)
-        if not record.flags & Flag.TOP:
+        if not record.flags & TOP:
             yield part
             part = []
     if part:

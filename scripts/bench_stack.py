@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 from answers import MODEL, Address, answered, events
-from processes import family, name_of
+from processes import family, name_of, proportional_bytes
 from quickstart import Stack, free_addresses
 
 TOKENS = 128
@@ -124,12 +124,10 @@ def read_bandwidth() -> float:
 
 def memory(pid: int) -> dict[str, float]:
     """Return the proportional set size, in MiB, of each process of the stack."""
-    sizes = {}
-    for child in sorted(family(pid)):
-        text = Path(f"/proc/{child}/smaps_rollup").read_text(encoding="ascii")
-        kilobytes = int(text.split("\nPss:")[1].split()[0])
-        sizes[f"memory of {name_of(child)}, MiB"] = kilobytes / 1024
-    return sizes
+    return {
+        f"memory of {name_of(child)}, MiB": proportional_bytes(child) / 2**20
+        for child in sorted(family(pid))
+    }
 
 
 def cpu_name() -> str:

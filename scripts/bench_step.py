@@ -1,9 +1,10 @@
-"""Time the steps of a model on this CPU, without sampling and HTTP: tables, and JSON.
+"""Time the steps of a model on this CPU, without HTTP: tables, and JSON.
 
-Every round times each kind of step once, beside a read of the memory bandwidth, so that the share
-of the bandwidth is of one run; a step of one sequence has to read every weight. Then it says where
-the time of a step goes. The model has to be on this machine already: the quick start fetches the
-embedded one.
+Every round times each kind of step once, without sampling, beside a read of the memory bandwidth,
+so that the share of the bandwidth is of one run; a step of one sequence has to read every weight.
+Then it says where the time of a step goes, and of whole steps of the engine, how much of it is
+beside the model: schedule, batch, choice of the tokens, report. The model has to be on this machine
+already: the quick start fetches the embedded one.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import torch
 from bench_stack import cpu_name, read_bandwidth
+from whole_steps import measure_whole_steps
 
 from cortex.ipc.errors import Unloadable
 from cortex.ipc.messages import SamplingParams
@@ -107,7 +109,11 @@ def main() -> None:
     for name in ("1 at context 64", "32 at context 64"):
         parts = ", ".join(f"{part} {us:,.0f}" for part, us in profile(step, KINDS[name]).items())
         print(f"\n{name}, us: {parts}")
-    print(json.dumps(result))
+    whole = measure_whole_steps(model, max(1, asked.rounds // 3))
+    print(f"\n{'whole step of the engine':<34}{'forward':>9}{'beside':>9}{'share':>9}")
+    for name, row in whole.items():
+        print(f"{name:<34}{row['forward_ms']:>9.2f}{row['beside_ms']:>9.2f}{row['share']:>9.1%}")
+    print(json.dumps({"steps": result, "whole_steps": whole}))
 
 
 def files_of(model_id: str) -> Path:
@@ -125,6 +131,8 @@ def files_of(model_id: str) -> Path:
 def measure(model: LoadedModel, step: Program, rounds: int) -> dict[str, dict[str, float]]:
     """Return median and least milliseconds of each kind of step, and what follows from them."""
     cache = step.cache
+    for written in (*cache.keys, *cache.values):
+        written.normal_()  # memory never written is one page of zeros, which is always in cache
     batches = {name: make_batch(kind.plan(), cache, CPU) for name, kind in KINDS.items()}
     seconds: dict[str, list[float]] = {name: [] for name in KINDS}
     bandwidths = []

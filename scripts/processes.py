@@ -80,6 +80,30 @@ def named(pid: int) -> dict[str, int]:
     return {name_of(member): member for member in family(pid) if is_alive(member)}
 
 
+def cpu_seconds(pid: int) -> float:
+    """Return how long the processors have worked for *pid*, in the kernel too."""
+    fields = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def busy_seconds() -> float:
+    """Return how long all processors have worked since the start, for anybody."""
+    first = Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()
+    user, nice, system, _idle, _waiting, *interrupted = map(int, first[1:9])
+    return (user + nice + system + sum(interrupted)) / os.sysconf("SC_CLK_TCK")
+
+
+def cpu_seconds_by_name(pid: int) -> dict[str, float]:
+    """Return ``cpu_seconds`` of the family of *pid*."""
+    return {name: cpu_seconds(member) for name, member in named(pid).items()}
+
+
+def proportional_bytes(pid: int | str) -> int:
+    """Return the memory of *pid*, which may be "self", shared pages counted in part (PSS)."""
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text(encoding="ascii")
+    return int(text.split("\nPss:")[1].split()[0]) * 1024
+
+
 def shared_memory_bytes() -> int:
     """Return the size of all files in /dev/shm."""
     sizes = 0

@@ -1,12 +1,13 @@
 """Send mixed traffic at a stack for minutes, and prove that every request ends and nothing grows.
 
 The stack is `cortex up` with two CPU devices, started here. Time goes in rounds: for some seconds
-clients send requests of every kind (long, short, tools, cancelled, slow readers, wrong ones, ...)
-while a second model is loaded and unloaded and, with --kills, device processes are killed. Then all
-are waited for, and the idle stack is looked at: every request has ended exactly once, no request is
-in flight, every KV block is free, no zombie is there; memory and descriptors of each process are
-noted. After the first quarter of the rounds, which warm up, they may not grow by more than
---growth-mb and a few descriptors. The same --seed draws the same requests.
+clients send requests of every kind (long, short, structured, tools, cancelled, slow readers, with a
+common head, wrong ones, ...) while a second model is loaded and unloaded and, with --kills, device
+processes are killed. Then all are waited for, and the idle stack is looked at: every request has
+ended exactly once, no request is in flight, every KV block is free, no zombie is there; memory and
+descriptors of each process are noted. After the first quarter of the rounds, which warm up, they
+may not grow by more than --growth-mb and a few descriptors. The same --seed draws the same
+requests.
 
     scripts/soak --minutes 3 --kills 2
 
@@ -36,7 +37,8 @@ from answers import MODEL, Address, Trouble
 from local_neuron import until
 from processes import Holdings, family, is_zombie, named
 from quickstart import Stack, fetched, free_addresses
-from soak_requests import FAULTS, GUEST, End, Request, draw, send
+from soak_ends import End, send
+from soak_requests import FAULTS, GUEST, Request, draw
 
 ROUND_SECONDS = 20.0
 SETTLING_SECONDS = 60.0
@@ -46,6 +48,8 @@ ENOUGH_ROUNDS = 6
 PATIENCE_SECONDS = 0.5
 """How long a client waits that was told to come again."""
 FEW_DESCRIPTORS = 4
+ENOUGH_SHARED = 20
+"""Prompts with a common head, for one of them to have found it in the prefix cache."""
 KILLS_PER_DEVICE = 3
 """The fourth in ten minutes is one too many: the device would be given up, as designed."""
 LOADED_WITH = {
@@ -97,6 +101,8 @@ def main() -> int:
     except Trouble as exc:
         findings.violations.append(f"the stack: {exc}")
     judge_growth(findings, options.growth_mb * 2**20)
+    judge_prefixes(findings)
+    judge_lives(findings)
     report(findings, as_json=options.json)
     return 1 if findings.violations else 0
 
@@ -274,6 +280,21 @@ def judge_growth(findings: Findings, allowed_bytes: float) -> None:
             findings.violations.append(f"{name} has gained {descriptors} descriptors")
 
 
+def judge_prefixes(findings: Findings) -> None:
+    """Add a violation where no prompt with the common head found anything of it computed."""
+    ends = [end for end in findings.ends if end.request.kind == "shared" and end.how != "left"]
+    if len(ends) >= ENOUGH_SHARED and not any(end.cached_tokens for end in ends):
+        findings.violations.append("no prompt's head was ever found in the prefix cache")
+
+
+def judge_lives(findings: Findings) -> None:
+    """Add a violation for each process that was replaced though nobody killed it."""
+    for name, samples in findings.samples.items():
+        deaths = len({sample.pid for sample in samples}) - 1
+        if deaths > findings.kills:
+            findings.violations.append(f"{name} died {deaths} times, {findings.kills} were killed")
+
+
 def grown(findings: Findings) -> Iterator[tuple[str, int | None, int | None]]:
     """Yield each process with the bytes and descriptors that it has gained."""
     for name, samples in findings.samples.items():
@@ -304,6 +325,8 @@ def report(findings: Findings, *, as_json: bool) -> None:
         )
     if any(memory is None for _, memory, _ in grown(findings)):
         print("\n?: lived for too few rounds to say whether it grows; more --minutes tell")
+    cached = sum(end.cached_tokens for end in findings.ends)
+    print(f"\n{cached:,} tokens of prompts were found in the prefix cache, as far as streams tell")
     print(f"\n{len(findings.violations)} violations in {findings.rounds} rounds")
     for what, count in Counter(findings.violations).most_common(30):
         print(f"  {count} x {what}")
@@ -319,6 +342,7 @@ def as_plain(findings: Findings, ends: dict[str, Counter[str]]) -> dict[str, Any
         "loads": findings.loads,
         "ends": ends,
         "gained": {name: [memory, few] for name, memory, few in grown(findings)},
+        "cached_tokens": sum(end.cached_tokens for end in findings.ends),
         "violations": findings.violations,
     }
 

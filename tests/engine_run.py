@@ -4,39 +4,115 @@ from __future__ import annotations
 
 import math
 from array import array
+from collections.abc import Sequence
 
+import msgspec
 import torch
+from torch import Tensor
 
+from cortex.ipc.engine_options import EngineOptions
 from cortex.ipc.messages import Embed, Embedded, Failed, Generate, SamplingParams
 from cortex.ipc.ring import Flag, TokenRecord
 from cortex.models.checkpoints.pooling import Pooling
-from cortex.runtime.device.engine import Engine
+from cortex.runtime.device.engine import DEFAULT_OPTIONS, Engine
+from cortex.runtime.device.grammar import Grammars
 from cortex.runtime.device.memory import Limits
-from cortex.runtime.device.model_runner import ModelRunner
-from engine_fakes import FakeModel, greedy
+from cortex.runtime.device.model_runner import Launched, ModelRunner
+from cortex.runtime.device.row import Chosen, Row
+from cortex.runtime.device.scheduler import PlannedSequence, StepPlan
+from cortex.runtime.device.sequence import UNKNOWN
+from engine_fakes import UNHEALTHY_TOKEN, FakeModel, RecallingModule, greedy
 
 Top = tuple[int, float]
+
+
+class LateRunner:
+    """A runner whose steps are computed when their results are asked for, in order, or not at all.
+
+    An UNKNOWN token is taken from the step before, as a GPU would: it has to be computed by then.
+    """
+
+    runs_ahead = True
+
+    def __init__(self, runner: ModelRunner) -> None:
+        self.vocab_size = runner.vocab_size
+        self.launches: list[_Late] = []
+        self._runner = runner
+
+    def launch(self, plan: StepPlan, rows: Sequence[Row]) -> Launched:
+        before = self.launches[-1] if self.launches else None
+        self.launches.append(_Late(self._runner, plan, rows, before))
+        return self.launches[-1]
+
+    def hidden(self, plan: StepPlan) -> Tensor:
+        return self._runner.hidden(plan)
+
+
+class _Late:
+    def __init__(
+        self, runner: ModelRunner, plan: StepPlan, rows: Sequence[Row], before: _Late | None
+    ) -> None:
+        self._runner = runner
+        self._plan = plan
+        self._rows = rows
+        self._before = before
+        self._chosen: list[Chosen] | None = None
+
+    def result(self) -> list[Chosen]:
+        if self._chosen is None:
+            sequences = [self._with_known(planned) for planned in self._plan.sequences]
+            self._before = None
+            self._chosen = self._runner.launch(StepPlan(sequences), self._rows).result()
+        return self._chosen
+
+    def last_token(self, sequence_id: int) -> int:
+        """Return what a sequence was given in this step."""
+        chosen = iter(self.result())
+        last = {p.sequence_id: [next(chosen) for _ in range(p.rows)] for p in self._plan.sampled}
+        return last[sequence_id][-1].token_id or 0
+
+    def _with_known(self, planned: PlannedSequence) -> PlannedSequence:
+        if planned.token_ids[-1] != UNKNOWN:
+            return planned
+        assert self._before is not None, "an unknown token comes from the step before"
+        token = self._before.last_token(planned.sequence_id)
+        return msgspec.structs.replace(planned, token_ids=[*planned.token_ids[:-1], token])
 
 
 class Run:
     """``tokens``, ``logprobs`` and ``tops`` are by sequence, and in step with each other."""
 
     def __init__(
-        self, *, blocks: int = 64, seats: int = 8, budget: int = 512, context: int = 2048
+        self,
+        *,
+        blocks: int = 64,
+        seats: int = 8,
+        budget: int = 512,
+        context: int = 2048,
+        variety: int = UNHEALTHY_TOKEN,
+        runs_ahead: bool = False,
+        options: EngineOptions = DEFAULT_OPTIONS,
+        grammars: Grammars | None = None,
     ) -> None:
-        self.model = FakeModel()
+        self.model = FakeModel(RecallingModule(variety))
+        runner = ModelRunner(self.model, self.model.new_cache(blocks, 16), torch.device("cpu"))
         self.engine = Engine(
             "m",
-            ModelRunner(self.model, self.model.new_cache(blocks, 16), torch.device("cpu")),
+            LateRunner(runner) if runs_ahead else runner,
             Limits(context, seats, blocks, 0),
             token_budget=budget,
+            options=options,
+            grammars=grammars,
         )
+        self.steps = self.drafted = self.accepted = 0
         self.tokens: dict[int, list[int]] = {}
         self.logprobs: dict[int, list[float]] = {}
         self.tops: dict[int, list[list[Top]]] = {}
         self.finishes: dict[int, Flag] = {}
         self.vectors: dict[int, list[float]] = {}
         self.failures: list[Failed] = []
+        self.cached: dict[int, int] = {}
+        """Of each sequence that said something, the tokens of its prompt that were found."""
         self._top: list[TokenRecord] = []
 
     def start(
@@ -52,6 +128,9 @@ class Run:
 
     def step(self) -> None:
         report = self.engine.step()
+        self.steps += 1
+        self.drafted += report.drafted
+        self.accepted += report.accepted
         for record in report.records:
             self._note(record)
         assert not self._top, "the likeliest come right before their token"
@@ -79,6 +158,11 @@ class Run:
         return self.engine.pool.free == self.engine.pool.total
 
     def _note(self, record: TokenRecord) -> None:
+        if record.flags & Flag.PROMPT:
+            assert not self.tokens[record.sequence_id], "it comes before the first token"
+            assert record.sequence_id not in self.cached, "it comes once"
+            self.cached[record.sequence_id] = record.token_id
+            return
         if record.flags & Flag.TOP:
             self._top.append(record)
             assert record.spare == len(self._top)
@@ -86,9 +170,10 @@ class Run:
         assert all(top.sequence_id == record.sequence_id for top in self._top)
         assert record.spare == 0
         number = record.sequence_id
-        self.tokens[number].append(record.token_id)
-        self.logprobs[number].append(record.logprob)
-        self.tops[number].append([(top.token_id, top.logprob) for top in self._top])
+        if record.flags & Flag.TOKEN:
+            self.tokens[number].append(record.token_id)
+            self.logprobs[number].append(record.logprob)
+            self.tops[number].append([(top.token_id, top.logprob) for top in self._top])
         self._top = []
         if record.flags & Flag.FINISH:
             self.finishes[number] = Flag(record.flags) & Flag.FINISH

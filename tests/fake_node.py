@@ -24,7 +24,7 @@ from aiohttp.web import Application, Request
 from aiohttp.web_runner import BaseRunner
 
 from cortex.ipc.errors import ApiError, ModelLoading, Recovering
-from cortex.ipc.messages import Footprint, Hello, ReasoningBudget, SamplingParams
+from cortex.ipc.messages import EngineReport, Footprint, Hello, ReasoningBudget, SamplingParams
 from cortex.ipc.node_api import DeviceState, LoadRequest, ModelStatus, Progress, Servable
 from cortex.ipc.ring import Flag, TokenRecord
 from cortex.ipc.taps import SUPERVISOR, Tap
@@ -88,6 +88,11 @@ def record(token_id: int, flags: Flag = Flag.TOKEN) -> TokenRecord:
     return TokenRecord(1, token_id, float("nan"), int(flags))
 
 
+def found(tokens: int) -> TokenRecord:
+    """Return the record that says how much of the prompt was in the prefix cache."""
+    return record(tokens, Flag.PROMPT)
+
+
 class FakeText:
     """``tiny_text`` with a reader of the test's choice; it notes what it was asked for."""
 
@@ -142,6 +147,7 @@ class FakeModel:
         default_factory=lambda: Footprint(93 * MIB, 40 * MIB, 5 * MIB)
     )
     limits: Limits | None = field(default_factory=lambda: Limits(512, 8, 1024))
+    engine: EngineReport | None = None
     text: Any = field(default_factory=tiny_text)
     """A TextView; or a fake of one."""
 
@@ -171,6 +177,8 @@ class FakeGeneration:
     def __init__(self, script: Sequence[Step]) -> None:
         self.cancelled = asyncio.Event()
         self.was_left = False
+        self.is_waiting = False
+        """For an event of the script."""
         self._script = list(script)
 
     def cancel(self) -> None:
@@ -183,7 +191,9 @@ class FakeGeneration:
 
     async def __anext__(self) -> list[TokenRecord]:
         while self._script and isinstance(gate := self._script[0], asyncio.Event):
+            self.is_waiting = True
             await gate.wait()
+            self.is_waiting = False
             self._script.pop(0)
         if not self._script:
             raise StopAsyncIteration
@@ -224,6 +234,9 @@ class FakeNode:
         self.embedded: list[tuple[str, list[int], str]] = []
         self.generations: list[FakeGeneration] = []
         self.asked: list[tuple[str, list[int], SamplingParams]] = []
+        self.priorities: list[int] = []
+        self.cached_blocks = 0
+        """What the next clear of a prefix cache forgets."""
         self.acts: list[tuple[str, Any]] = []
         self.refusal: Exception | None = None
         self.started = asyncio.Event()
@@ -256,13 +269,27 @@ class FakeNode:
         """Note it."""
         self._act("restart", (index, force))
 
+    async def clear_prefix_cache(self, model_id: str) -> int:
+        """Forget what ``cached_blocks`` says."""
+        self._act("clear_prefix_cache", model_id)
+        if model_id not in self.models:
+            raise not_loaded(model_id)
+        self.models[model_id].refuse_unless_loaded()
+        blocks, self.cached_blocks = self.cached_blocks, 0
+        return blocks
+
     def generate(
-        self, model_id: str, prompt_token_ids: list[int], sampling: SamplingParams
+        self,
+        model_id: str,
+        prompt_token_ids: list[int],
+        sampling: SamplingParams,
+        priority: int = 0,
     ) -> FakeGeneration:
         """Play ``script``."""
         if self.refusal is not None:
             raise self.refusal
         self.asked.append((model_id, prompt_token_ids, sampling))
+        self.priorities.append(priority)
         generation = FakeGeneration(self.scripts.pop(0) if self.scripts else self.script)
         self.generations.append(generation)
         self.started.set()

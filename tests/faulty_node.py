@@ -15,6 +15,7 @@ from functools import partial
 import pytest
 
 import faulty_child
+from cortex.ipc.engine_options import EngineOptions
 from cortex.ipc.errors import ApiError
 from cortex.ipc.node_api import LoadRequest
 from cortex.ipc.ring import Flag
@@ -47,6 +48,7 @@ class FaultyNode:
             backoff=lambda _: 0.0,
             deadlines=DEADLINES,
             faults=InjectedFaults(faults),
+            options=EngineOptions(speculation=False),  # a step is a token
         )
 
     async def load(self, model_id: str, device: int) -> None:

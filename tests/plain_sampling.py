@@ -10,26 +10,34 @@ from cortex.runtime.device.row import Row
 
 def adjusted(logits: list[float], row: Row) -> list[float]:
     """Return what bias and penalties make of *logits*."""
-    sampling, answer = row.sampling, list(row.answer)
+    sampling = row.sampling
+    counts = dict(zip(row.counts.ids, row.counts.counts, strict=True)) if row.counts else {}
     changed = []
     for token, logit in enumerate(logits):
         x = logit + sampling.logit_bias.get(token, 0.0)
-        if token in row.known:
+        if token in counts:
             r = sampling.repetition_penalty
             x = x / r if x > 0 else x * r
-        x -= sampling.frequency_penalty * answer.count(token)
-        x -= sampling.presence_penalty if token in answer else 0.0
-        changed.append(x)
+        x -= sampling.frequency_penalty * counts.get(token, 0)
+        x -= sampling.presence_penalty if counts.get(token) else 0.0
+        changed.append(x if is_allowed(row, token) else -math.inf)
     return changed
 
 
-def chosen(logits: list[float], row: Row) -> int:
-    """Choose as the sampler says that it does."""
+def is_allowed(row: Row, token: int) -> bool:
+    """Whether the row's mask lets it choose *token*."""
+    return row.allowed is None or bool(int(row.allowed[token // 32]) >> token % 32 & 1)
+
+
+def chosen(logits: list[float], row: Row) -> int | None:
+    """Choose as the sampler says that it does; None where nothing is allowed."""
     if row.forced is not None:
         return row.forced
     sampling = row.sampling
     logits = adjusted(logits, row)
     ids = sorted(range(len(logits)), key=lambda i: (-logits[i], i))
+    if logits[ids[0]] == -math.inf:
+        return None
     if sampling.temperature == 0:
         return ids[0]
     shares = [math.exp((x - logits[ids[0]]) / sampling.temperature) for x in logits]

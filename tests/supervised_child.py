@@ -12,6 +12,7 @@ import os
 import time
 
 from cortex.ipc.channel import DeviceEnd
+from cortex.ipc.engine_options import EngineOptions
 from cortex.ipc.heartbeat import Activity, HeartbeatPage, HeartbeatWriter
 from cortex.ipc.messages import (
     PROTOCOL_VERSION,
@@ -42,6 +43,7 @@ def main(
     tap_directory: str | None,
     log_level: str,
     test_faults: str,
+    options: EngineOptions,
     preloaded: bool,
     server_threads: int,
 ) -> None:

@@ -22,7 +22,9 @@ from cortex.ipc.errors import NodeFailed
 from cortex.ipc.messages import (
     PROTOCOL_VERSION,
     Bye,
+    CacheCleared,
     Cancel,
+    ClearPrefixCache,
     Command,
     Embed,
     Embedded,
@@ -143,7 +145,7 @@ class FakeDeviceProcess:
         """Return the last command of *kind* that was received."""
         return next(command for command in reversed(self.received) if isinstance(command, kind))
 
-    def answers(self, command: Command) -> None:
+    def answers(self, command: Command) -> None:  # noqa: C901 - one line per command
         """Answer as a good device process would."""
         match command:
             case Ping():
@@ -165,6 +167,8 @@ class FakeDeviceProcess:
                 )
             case QueryMemory():
                 self.says(MemoryReport(command.command_id, 1, 1, {}))
+            case ClearPrefixCache():
+                self.says(CacheCleared(command.command_id, command.model, 7))
             case Shutdown():
                 self.says(Bye(command.command_id))
                 self.dies("it exited with status 0")

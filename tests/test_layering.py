@@ -25,7 +25,16 @@ MAY_IMPORT: dict[str, set[str]] = {
 LAZY = {"runtime/fork_server.py": {"runtime.device"}}  # the target of the fork
 
 # Parts that must start without these; a gateway host has none of the neuron's dependencies.
-NEURON_ONLY = {"jinja2", "numpy", "pynvml", "zmq", "safetensors", "setproctitle", "tokenizers"}
+NEURON_ONLY = {
+    "jinja2",
+    "llguidance",
+    "numpy",
+    "pynvml",
+    "zmq",
+    "safetensors",
+    "setproctitle",
+    "tokenizers",
+}
 FORBIDDEN = {
     "gateway": {"torch", *NEURON_ONLY},
     "ipc": {"torch"},

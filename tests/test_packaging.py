@@ -27,8 +27,9 @@ TESTED = [
     if line and not line.startswith("#")
 ]
 PINS = dict(line.split("==") for line in TESTED)
-# Only sources on PyPI, which need nvcc: never in the set that is tested without a GPU.
-UNTESTED = {"flash-attn"}
+# flash-attn: only sources on PyPI, which need nvcc. triton: torch for CUDA asks for one version of
+# it, which a pin made beside torch for a CPU would contradict.
+UNTESTED = {"flash-attn", "triton"}
 
 EXPOSURE = {"cortex": 1.5, "neuron": 2.0}
 """What ``systemd-analyze security`` may find, of 10; raise it only with a reason in the unit."""

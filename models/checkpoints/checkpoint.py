@@ -37,6 +37,7 @@ class Checkpoint:
     generation_config: dict[str, Any]
     tensors: dict[str, TensorInfo]
     pooling: Pooling | None = None  # how embeddings are made, where the checkpoint declares it
+    gguf: GGUFFile | None = None  # the header of a GGUF file, with the tokenizer in it
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
@@ -94,6 +95,7 @@ def _open_gguf(path: Path) -> Checkpoint:
         generation_config_of(file.metadata),
         file.tensors,
         pooling_of_gguf(file.metadata),
+        file,
     )
 
 

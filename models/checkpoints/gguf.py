@@ -13,6 +13,7 @@ that shrinks under our hands is an error here and not a SIGBUS.
 
 from __future__ import annotations
 
+import contextlib
 import os
 import struct
 from array import array
@@ -40,8 +41,12 @@ STRING, ARRAY, BOOL = 8, 9, 7
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 10: "Q", 11: "q", 12: "d"}
 """Value type to its format character, the same for ``struct`` and (on Linux) ``array``."""
 
+BLOCK_BYTES = 1 << 20
+"""What is read of the file at a time."""
+
 MIN_ENTRY_BYTES = 8 + 4 + 1
 MIN_TENSOR_BYTES = 8 + 4 + 4 + 8
+LENGTH = struct.Struct("<Q")
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,7 +60,7 @@ class GGUFFile:
     @classmethod
     def open(cls, path: Path) -> GGUFFile:
         """Read the header; raises CheckpointError."""
-        with naming(path), BufferedReader(open_file(path), 1 << 20) as file:
+        with naming(path), BufferedReader(open_file(path)) as file:
             header = _Header(path, file)
             tensor_count, entry_count = header.counts()
             metadata = header.metadata(entry_count)
@@ -70,7 +75,13 @@ class _Header:
         self.path = path
         self.file = file
         self.file_bytes = os.fstat(file.fileno()).st_size
-        self.taken = 0
+        self._block = b""
+        self._block_at = 0  # in the file
+        self._at = 0  # in the block
+
+    @property
+    def taken(self) -> int:
+        return self._block_at + self._at
 
     @property
     def left(self) -> int:
@@ -85,11 +96,19 @@ class _Header:
             )
         if self.taken + count > MAX_HEADER_BYTES:
             raise CheckpointError(f"the header is larger than the {MAX_HEADER_BYTES} bytes we read")
-        data = self.file.read(count)
-        if len(data) != count:
-            raise CheckpointError(f"the file shrank while {what} was read")
-        self.taken += count
+        if self._at + count > len(self._block):
+            self._refill(count, what)
+        data = self._block[self._at : self._at + count]
+        self._at += count
         return data
+
+    def _refill(self, count: int, what: str) -> None:
+        """Have the next *count* bytes, which are *what*, and more in the block."""
+        rest = self._block[self._at :]
+        self._block_at, self._at = self.taken, 0
+        self._block = rest + self.file.read(max(count, BLOCK_BYTES) - len(rest))
+        if len(self._block) < count:
+            raise CheckpointError(f"the file shrank while {what} was read")
 
     def number(self, code: str, what: str) -> Any:
         return struct.unpack("<" + code, self.take(struct.calcsize("<" + code), what))[0]
@@ -154,12 +173,36 @@ class _Header:
         least = 8 if kind == STRING else struct.calcsize(SCALARS.get(kind, "B"))
         self._check_count(count, MAX_ARRAY_ELEMENTS, least, f"elements in {what}")
         if kind == STRING:
-            return [self.string(what) for _ in range(count)]
+            return self._strings(count, what)
         if kind == BOOL:
             return self._booleans(count, what)
         values = array(SCALARS[kind])
         values.frombytes(self.take(count * values.itemsize, what))
         return values.tolist()
+
+    def _strings(self, count: int, what: str) -> list[str]:
+        """Read as ``string`` does, which reads those that are special: a vocabulary has 100,000."""
+        found: list[str] = []
+        while len(found) < count:
+            found += self._plain_strings(count - len(found))
+            if len(found) < count:
+                found.append(self.string(what))
+        return found
+
+    def _plain_strings(self, count: int) -> list[str]:
+        """Read up to *count* strings as far as they are whole in the block, and no longer."""
+        block, at, found = self._block, self._at, []
+        end = min(len(block), MAX_HEADER_BYTES - self._block_at)
+        with contextlib.suppress(UnicodeDecodeError, struct.error):  # such a one is not taken
+            for _ in range(count):
+                begin = at + 8
+                stop = begin + LENGTH.unpack_from(block, at)[0]
+                if stop > end:
+                    break
+                found.append(block[begin:stop].decode())
+                at = stop
+        self._at = at
+        return found
 
     def _booleans(self, count: int, what: str) -> list[bool]:
         data = self.take(count, what)

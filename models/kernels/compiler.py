@@ -20,7 +20,13 @@ from pathlib import Path
 SOURCE = Path(__file__).with_name("cpu_ops.c")
 INCLUDED = tuple(
     SOURCE.with_name(name)
-    for name in ("thread_pool.c", "quantized_linear.c", "paged_attention.c", "program.c")
+    for name in (
+        "thread_pool.c",
+        "quantized_linear.c",
+        "paged_attention.c",
+        "program.c",
+        "sampling.c",
+    )
 )
 COMPILERS = ("cc", "gcc", "clang")
 NATIVE = "-mcpu=native" if platform.machine() == "aarch64" else "-march=native"

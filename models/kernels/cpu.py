@@ -46,6 +46,10 @@ class CpuKernels:
         library.cortex_run.argtypes = (c_void_p, c_int, c_void_p, c_void_p)
         library.cortex_pack.argtypes = (*(c_int, c_void_p, c_int64, c_void_p, c_int, c_int, c_int),)
         library.cortex_pack.restype = None
+        library.cortex_choose.argtypes = (
+            *(c_void_p, c_void_p, c_int, c_int, c_void_p),
+            *(c_void_p, c_void_p, c_void_p, c_void_p, c_int, c_int),
+        )
 
     def rows(self, part: Part, ids: Tensor) -> Tensor:
         """Unpack rows *ids* [T] to float32 [T, K]; raises IndexError."""

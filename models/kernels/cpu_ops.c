@@ -1,6 +1,6 @@
 /* The operations of a decoder on a CPU: activations in float32, weights in their stored block format.
- * Products of the kind that serves are in quantized_linear.c, attention is in paged_attention.c, and
- * program.c runs a whole step of them.
+ * Products of the kind that serves are in quantized_linear.c, attention is in paged_attention.c;
+ * program.c runs a whole step of them, and sampling.c chooses tokens from what came of it.
  *
  * What every operation here promises: the result of one row does not depend on how many rows there
  * are, on where it stands among them, or on the number of threads. So there is one order of
@@ -433,3 +433,5 @@ void cortex_rotate(const float *x, int64_t ldx, const float *cosines, const floa
 #include "paged_attention.c"
 
 #include "program.c"
+
+#include "sampling.c"

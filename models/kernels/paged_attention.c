@@ -16,6 +16,7 @@
 #define MAX_HEAD 256    /* largest head size */
 #define MAX_ROWS 16     /* rows that share a span */
 #define TOKENS_AT_ONCE 8
+#define VALUES_AHEAD 2 /* blocks */
 #define SPANS_AT_ONCE 64 /* of each thread, before they are merged: 1 MiB of states */
 
 /* ---- float16 ---- */
@@ -119,13 +120,28 @@ INLINE int64_t block_at(const Attention *o, const Rows16 *rows, int block) {
     return ((int64_t)rows->blocks[block] * o->cache.kv_heads + rows->kv) * o->cache.D * LANES;
 }
 
+/* Where in the cache a block of the rows' head is, or the last one that they see, for a prefetch: each
+ * is a page of its own, where the CPU does not foresee what comes next. Fetched into the L2 cache, a
+ * context that is in no cache is read about twice as fast (two cores, AVX-512, November 2026). */
+INLINE const char *ahead(const int HALF, const Attention *o, const Rows16 *rows, const void *from, int block) {
+    const int last = (rows->longest - 1) / LANES;
+    return (const char *)from + block_at(o, rows, block < last ? block : last) * (HALF ? 2 : 4);
+}
+
+#define FETCH(at) __builtin_prefetch(at, 0, 2)
+
 /* Scores of R rows against NB blocks from *block* on; those behind the last are the last again. */
 INLINE void score(const int R, const int NB, const int HALF, const Attention *o, const Rows16 *rows, int block,
                   int last, float (*scores)[SPAN], int at) {
+    const int64_t step = LANES * (HALF ? 2 : 4);
+    const char *next[8];
     int64_t from[8];
     floats sum[MAX_ROWS][8];
 #pragma GCC unroll 16
-    for (int b = 0; b < NB; b++) from[b] = block_at(o, rows, block + b < last ? block + b : last);
+    for (int b = 0; b < NB; b++) {
+        from[b] = block_at(o, rows, block + b < last ? block + b : last);
+        next[b] = ahead(HALF, o, rows, o->cache.keys, block + NB + b);
+    }
 #pragma GCC unroll 16
     for (int r = 0; r < R; r++)
 #pragma GCC unroll 16
@@ -134,7 +150,10 @@ INLINE void score(const int R, const int NB, const int HALF, const Attention *o,
         const float *q = rows->q + d * R;
         floats key[8];
 #pragma GCC unroll 16
-        for (int b = 0; b < NB; b++) key[b] = cached(HALF, o->cache.keys, from[b] + d * LANES, LANES);
+        for (int b = 0; b < NB; b++) {
+            FETCH(next[b] + d * step);
+            key[b] = cached(HALF, o->cache.keys, from[b] + d * LANES, LANES);
+        }
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 16
@@ -150,6 +169,8 @@ INLINE void score(const int R, const int NB, const int HALF, const Attention *o,
 INLINE void weigh(const int R, const int PARTS, const int WHOLE, const int HALF, const Attention *o, const Rows16 *rows, int start,
                   int count, float (*weights)[SPAN], int i, State *states) {
     const int D = o->cache.D;
+    const int64_t size = HALF ? 2 : 4;
+    const char *next = NULL;
     int64_t from = 0;
     floats sum[MAX_ROWS][4];
 #pragma GCC unroll 16
@@ -157,12 +178,18 @@ INLINE void weigh(const int R, const int PARTS, const int WHOLE, const int HALF,
 #pragma GCC unroll 16
         for (int j = 0; j < PARTS; j++) sum[r][j] = (floats){};
     for (int p = 0; p < count; p++) {
-        if (p % LANES == 0) from = block_at(o, rows, (start + p) / LANES) + i;
+        if (p % LANES == 0) {
+            from = block_at(o, rows, (start + p) / LANES) + i;
+            next = ahead(HALF, o, rows, o->cache.values, (start + p) / LANES + VALUES_AHEAD) + i * size;
+        }
         floats value[4];
 #pragma GCC unroll 16
-        for (int j = 0; j < PARTS; j++)
+        for (int j = 0; j < PARTS; j++) {
+            FETCH(next + j * LANES * size);
             value[j] = cached(HALF, o->cache.values, from + j * LANES, WHOLE ? LANES : D - i);
+        }
         from += D;
+        next += D * size;
 #pragma GCC unroll 16
         for (int r = 0; r < R; r++)
 #pragma GCC unroll 16

@@ -64,6 +64,33 @@ static void codes_of_block(int kind, const uint8_t *block, uint8_t *to) {
     }
 }
 
+/* The 4-bit codes of one block to its places in a tile, eight at a time: most weights are such. The
+ * bytes of the file hold inputs 0 to 15 in their low halves, 16 to 31 in their high ones. */
+INLINE void pack_halves(const uint8_t *at, uint8_t *tile, int output) {
+    for (int eight = 0; eight < BLOCK / 8; eight++) {
+        uint64_t codes;
+        memcpy(&codes, at + eight % 2 * 8, 8);
+        codes = codes >> eight / 2 * 4 & 0x0f0f0f0f0f0f0f0full;
+        const uint32_t pairs = (uint32_t)(codes | codes >> 28);
+        memcpy(tile + eight * 64 + output * 4, &pairs, 4);
+    }
+}
+
+/* Those of 5 or 8 bits. */
+static void pack_codes(int kind, const uint8_t *block, uint8_t *tile, int output) {
+    uint8_t codes[BLOCK], *high = tile + OUTPUTS * BLOCK / 2;
+    codes_of_block(kind, block, codes);
+    for (int k = 0; k < BLOCK; k++) {
+        const int group = k / 4, lane = output * 4 + k % 4;
+        if (codes_of(kind).bits == 8) {
+            tile[group * 64 + lane] = codes[k];
+        } else {
+            tile[group / 2 * 64 + lane] |= (codes[k] & 15) << 4 * (group % 2);
+            high[group * 8 + lane / 8] |= (codes[k] >> 4) << lane % 8;
+        }
+    }
+}
+
 typedef struct {
     const uint8_t *from;
     uint8_t *to;
@@ -78,19 +105,13 @@ static void pack_tile(void *argument, int64_t item) {
     uint8_t *tile = o->to + item * o->blocks * size;
     for (int b = 0; b < o->blocks; b++, tile += size) {
         memset(tile, 0, size);
-        uint8_t *high = tile + OUTPUTS * BLOCK / 2, *scales = tile + OUTPUTS * BLOCK * c.bits / 8;
+        uint8_t *scales = tile + OUTPUTS * BLOCK * c.bits / 8;
         for (int r = 0; r < OUTPUTS && r < rows; r++) {
             const uint8_t *block = o->from + (item * OUTPUTS + r) * o->row_bytes + (int64_t)b * stored;
-            uint8_t codes[BLOCK];
-            codes_of_block(o->kind, block, codes);
-            for (int k = 0; k < BLOCK; k++) {
-                const int group = k / 4, lane = r * 4 + k % 4;
-                if (c.bits == 8) {
-                    tile[group * 64 + lane] = codes[k];
-                } else {
-                    tile[group / 2 * 64 + lane] |= (codes[k] & 15) << 4 * (group % 2);
-                    if (c.bits == 5) high[group * 8 + lane / 8] |= (codes[k] >> 4) << lane % 8;
-                }
+            if (c.bits == 4) {
+                pack_halves(block + 2 + 2 * c.has_minimum, tile, r);
+            } else {
+                pack_codes(o->kind, block, tile, r);
             }
             memcpy(scales + 2 * r, block, 2);
             if (c.has_minimum) memcpy(scales + 2 * OUTPUTS + 2 * r, block + 2, 2);

@@ -17,6 +17,9 @@ from torch.nn import functional as F
 from cortex.models.batch import Batch
 from cortex.models.quantization import DENSE, Part
 
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+"""Widths that activations may have."""
+
 UNPACKED_AT_ONCE = 1 << 24
 """Weights unpacked for one product: in float32 64 MiB, where a large model's head would be GiBs."""
 
@@ -85,13 +88,23 @@ UNPACK: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+def take(x: Tensor, ids: Tensor) -> Tensor:
+    """Rows *ids* [R] of x [T, K] -> [R, K]."""
+    return x[ids]
+
+
+def add(x: Tensor, y: Tensor) -> Tensor:
+    """[M, K] + [M, K] -> [M, K]."""
+    return x + y
+
+
 def linear(x: Tensor, parts: Sequence[Part]) -> Tensor:
     """X [M, K] times the transpose of the stacked parts [N, K] -> [M, N]."""
-    products = [F.linear(x, w) for part in parts for w in _weights(part, x.size(-1), x.dtype)]
-    return torch.cat(products, dim=-1)
+    products = [F.linear(x, w) for part in parts for w in weights(part, x.size(-1), x.dtype)]
+    return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
 
 
-def _weights(part: Part, columns: int, dtype: torch.dtype) -> Iterator[Tensor]:
+def weights(part: Part, columns: int, dtype: torch.dtype) -> Iterator[Tensor]:
     """Yield the rows of *part* as they multiply with *dtype*, unpacked as they are asked for."""
     if DENSE.get(part.kind) == dtype:
         yield part.data.view(dtype)
@@ -110,6 +123,12 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
     wide = x.float()
     scale = torch.rsqrt(wide.square().mean(dim=-1, keepdim=True) + eps)
     return (weight * (wide * scale)).to(x.dtype)
+
+
+def add_rms_norm(x: Tensor, y: Tensor, weight: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """[M, K] and [M, K] -> their sum, and that normalised."""
+    total = x + y
+    return total, rms_norm(total, weight, eps)
 
 
 def silu_multiply(gate_up: Tensor) -> Tensor:
@@ -139,8 +158,31 @@ def store(k: Tensor, v: Tensor, keys: Tensor, values: Tensor, slots: Tensor) -> 
     values[blocks, positions] = v.to(values.dtype)
 
 
+def rotate_and_store(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cosines: Tensor,
+    sines: Tensor,
+    *,
+    keys: Tensor,
+    values: Tensor,
+    slots: Tensor,
+) -> Tensor:
+    """Q [T, N, D] turned; k, turned, and v [T, K, D] written to their slots."""
+    store(rotate(k, cosines, sines), v, keys, values, slots)
+    return rotate(q, cosines, sines)
+
+
 def attention(q: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: float) -> Tensor:
-    """Q [T, N, D] against one layer's cache -> [T, N, D], one sequence after the other."""
+    """Q [T, N, D] against one layer's cache -> [T, N, D], one sequence after the other.
+
+    Lengths are read from the device, so on a GPU every call waits for it, and none can be captured:
+    RuntimeError, before anything spoils the capture, of which torch 2.11 would not let go any more
+    (pytorch/pytorch#180395).
+    """
+    if q.is_cuda and torch.cuda.is_current_stream_capturing():
+        raise RuntimeError("attention by plain torch asks the device for lengths")
     out = torch.empty_like(q)
     starts, contexts = batch.query_starts.tolist(), batch.context_tokens.tolist()
     for index, context in enumerate(contexts):

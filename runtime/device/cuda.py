@@ -8,9 +8,15 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import Any
 
+import numpy.typing as npt
 import torch
+from torch import Tensor
 
+from cortex.models.kernels.graphs import NO_CAPTURE
 from cortex.runtime.device.refusal import DeviceLost
 
 _M_ARENA_MAX = -8
@@ -41,7 +47,13 @@ def side_stream(device: torch.device) -> contextlib.AbstractContextManager[objec
     """Return a context whose work does not queue behind the steps of the default stream."""
     if device.type != "cuda":
         return contextlib.nullcontext()
-    return torch.cuda.stream(torch.cuda.Stream(device))  # type: ignore[no-untyped-call] # torch's
+    return torch.cuda.stream(_side_stream(device))
+
+
+@cache
+def _side_stream(device: torch.device) -> torch.cuda.Stream:
+    """Return the one of a device: for each that saw a product cuBLAS keeps up to 32 MiB for good."""
+    return torch.cuda.Stream(device)  # type: ignore[no-untyped-call] # torch's
 
 
 def wait_for_stream(device: torch.device) -> None:
@@ -52,6 +64,39 @@ def wait_for_stream(device: torch.device) -> None:
     """
     if device.type == "cuda":
         torch.cuda.current_stream(device).synchronize()
+
+
+def upload(
+    values: Sequence[Any] | npt.NDArray[Any] | Tensor, dtype: torch.dtype, device: torch.device
+) -> Tensor:
+    """Return *values*, numbers or lists of them, on *device*, which may still be fetching them.
+
+    A copy from pinned memory is queued, one from any other is waited for; torch keeps the pinned
+    memory until the copy is over.
+    """
+    if device.type != "cuda":
+        return torch.as_tensor(values, dtype=dtype, device=device)
+    return torch.as_tensor(values, dtype=dtype).pin_memory().to(device, non_blocking=True)
+
+
+def fetch(tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+    """Begin to copy *tensors* to the host; the function returned waits until they are there."""
+    if not tensors or tensors[0].device.type != "cuda":
+        return lambda: list(tensors)
+    copies = [
+        torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True).copy_(
+            tensor, non_blocking=True
+        )
+        for tensor in tensors
+    ]
+    arrived = torch.cuda.Event()  # type: ignore[no-untyped-call] # torch's
+    arrived.record()
+
+    def wait() -> list[Tensor]:
+        arrived.synchronize()
+        return copies
+
+    return wait
 
 
 def share_one_heap() -> None:
@@ -65,10 +110,14 @@ def share_one_heap() -> None:
 
 
 def reclaim(device: torch.device) -> None:
-    """Give memory that nothing refers to back to the device, or to the host."""
+    """Give memory that nothing refers to back to the device, or to the host.
+
+    On a GPU it waits for a graph that is being captured.
+    """
     gc.collect()
     if device.type == "cuda":
-        torch.cuda.empty_cache()
+        with NO_CAPTURE:
+            torch.cuda.empty_cache()
     else:
         with contextlib.suppress(AttributeError):  # a C library other than glibc trims by itself
             ctypes.CDLL(None).malloc_trim(0)

@@ -30,7 +30,9 @@ from cortex.ipc.errors import ProtocolError
 from cortex.ipc.heartbeat import Activity
 from cortex.ipc.messages import (
     Bye,
+    CacheCleared,
     Cancel,
+    ClearPrefixCache,
     Command,
     Embed,
     Event,
@@ -50,6 +52,7 @@ from cortex.ipc.ring import RingFull, TokenRecord
 from cortex.ipc.taps import Tap
 from cortex.runtime.device.cuda import open_device, reclaim, wait_for_stream
 from cortex.runtime.device.engine import Engine, StepReport
+from cortex.runtime.device.engine_reports import EngineReports
 from cortex.runtime.device.faults import is_device_fault
 from cortex.runtime.device.loader import Loaded, Loader, LoadFailed
 from cortex.runtime.device.memory import DeviceMemory, refuse_bad_load
@@ -108,6 +111,7 @@ class Device:
         self._tap = tap
         self._beat = beat
         self._clock = clock
+        self._reports = EngineReports(channel.send, clock)
         self._engines: dict[str, Engine] = {}
         self._turns: deque[Engine] = deque()
         self._loading: set[str] = set()
@@ -135,13 +139,18 @@ class Device:
             self._obey(self._commands.popleft())
             self._beat(Activity.STEPPING)
         self._install_loaded()
+        for loaded in self._turns:
+            loaded.take_compiled()
         self._publish()
         engine = self._next_engine()
         if engine is not None:
             self._step(engine)
-        elif not (self._commands or self._is_stopping):
+        for loaded in self._turns:
+            self._reports.tell(loaded)
+        if engine is None and not (self._commands or self._is_stopping):
             self._beat(Activity.IDLE)
-            self._channel.wait(None, self._loader.fd)
+            fds = [fd for loaded in self._turns for fd in loaded.fds]
+            self._channel.wait(None, self._loader.fd, *fds)
 
     def _give_up(self, error: Exception) -> int:
         """Say what was fatal, and return the exit code that says it too."""
@@ -185,6 +194,9 @@ class Device:
                 self._start(command, command.command_id)
             case Cancel():
                 self._cancel(command.sequence_id)
+            case ClearPrefixCache():
+                blocks = self._engine(command.model).clear_prefix_cache()
+                self._channel.send(CacheCleared(command.command_id, command.model, blocks))
             case Shutdown():
                 self._shut_down(command)
 
@@ -204,10 +216,12 @@ class Device:
         self._say(engine.cancel_all())
         self._publish()
         wait_for_stream(self._device)
+        engine.close()
         self._turns.remove(engine)
         del self._engines[command.model], engine
         reclaim(self._device)
         self._memory.release(command.model)
+        self._reports.end(command.model)
         self._channel.send(ModelUnloaded(command.command_id, command.model))
 
     def _start(self, command: Generate | Embed, sequence_id: int) -> None:
@@ -230,6 +244,7 @@ class Device:
         self._is_stopping = True
         for engine in self._turns:
             self._say(engine.cancel_all())
+            engine.close()
         self._publish()
         wait_for_stream(self._device)
         self._engines.clear()
@@ -269,6 +284,7 @@ class Device:
         self._loading.discard(engine.model)
         self._engines[engine.model] = engine
         self._turns.append(engine)
+        self._reports.begin(engine)
         self._channel.send(loaded.event)
 
     def _next_engine(self) -> Engine | None:
@@ -319,5 +335,7 @@ def _as_seen(model: str, report: StepReport, seconds: float) -> dict[str, object
         "model": model,
         "tokens": report.tokens,
         "sequences": report.sequences,
+        "drafted": report.drafted,
+        "accepted": report.accepted,
         "seconds": seconds,
     }

@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import torch
 
-_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate", "CUDA error: out of memory"
-"""The second is an allocation that went past torch's allocator, such as a library's."""
+_OUT_OF_MEMORY = (
+    "DefaultCPUAllocator: can't allocate",
+    "CUDA error: out of memory",
+    "CUDA error: CUBLAS_STATUS_ALLOC_FAILED",
+    "Triton Error [CUDA]: out of memory",
+)
+"""All but the first are allocations that went past torch's allocator, a library's or a kernel's."""
 
-_FAULTS = "CUDA error", "CUDA driver error", "cuDNN error"
+_FAULTS = "CUDA error", "CUDA driver error", "cuDNN error", "Triton Error [CUDA]"
 
 
 def is_out_of_memory(error: BaseException) -> bool:
@@ -21,7 +26,8 @@ def is_device_fault(error: BaseException) -> bool:
     """Whether *error* says that the device itself failed; everything else is a bug of ours.
 
     CUDA's own errors are ``torch.AcceleratorError``; those of its libraries are plain
-    RuntimeErrors that begin alike.
+    RuntimeErrors that begin alike. What a kernel did wrong may first be seen by the next launch,
+    which is often Triton's.
     """
     if is_out_of_memory(error):
         return False

@@ -22,7 +22,7 @@ from cortex.ipc.channel import DeviceEnd
 from cortex.ipc.injection import GARBAGE, Passes, parse
 from cortex.ipc.messages import Command, Event
 from cortex.models.batch import Batch, KVCache
-from cortex.runtime.device import engine
+from cortex.runtime.device import sampler
 from cortex.runtime.device.loader import LoadFunction
 from cortex.runtime.device.model_runner import Module, ServableModel
 
@@ -39,7 +39,7 @@ def arm(
     """Return *channel* and *load_model* with *faults* in them; sampling gets its own in place."""
     ordered = parse(faults)
     if sampling := Passes(ordered, "sample"):
-        vars(engine)["sample"] = _before(vars(engine)["sample"], sampling)  # of this process alone
+        vars(sampler)["choose"] = _before(sampler.choose, sampling)  # of this process alone
     loading, stepping = Passes(ordered, "load"), Passes(ordered, "forward")
     events = Passes(ordered, "event")
     return (
@@ -129,9 +129,9 @@ class _FaultyModel:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def recorded(self, cache: KVCache) -> Callable[[Batch], Tensor]:
+    def recorded(self, cache: KVCache, max_sequences: int) -> Callable[[Batch], Tensor]:
         """Return the model's own, gone wrong likewise."""
-        return partial(self.module.passed, self._model.recorded(cache))
+        return partial(self.module.passed, self._model.recorded(cache, max_sequences))
 
 
 class _FaultyModule:

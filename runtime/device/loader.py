@@ -19,6 +19,7 @@ import threading
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -26,12 +27,17 @@ import structlog
 import torch
 
 from cortex.ipc.descriptors import wake_up
+from cortex.ipc.engine_options import EngineOptions
 from cortex.ipc.heartbeat import Activity
 from cortex.ipc.messages import Failed, Footprint, LoadModel, LoadProgress, ModelLoaded
 from cortex.models.checkpoints.errors import CheckpointError
+from cortex.models.kernels.cuda_attention import Unavailable
+from cortex.models.kernels.graphs import buckets
+from cortex.runtime.device.async_runner import AsyncRunner
 from cortex.runtime.device.cuda import open_device, reclaim, side_stream, wait_for_stream
 from cortex.runtime.device.engine import Engine
 from cortex.runtime.device.faults import is_device_fault, is_out_of_memory
+from cortex.runtime.device.grammar import Grammars
 from cortex.runtime.device.memory import (
     DEFAULT_SEQUENCES,
     DeviceMemory,
@@ -48,7 +54,8 @@ from cortex.runtime.device.model_runner import (
 )
 from cortex.runtime.device.refusal import DeviceLost, Refused
 from cortex.runtime.device.sampler import sampling_bytes
-from cortex.runtime.device.workspace import measure_workspace
+from cortex.runtime.device.vocabulary import Vocabulary
+from cortex.runtime.device.workspace import Workspace, measure_workspace
 
 PROGRESS_SECONDS = 0.1
 _log = structlog.get_logger()
@@ -97,6 +104,7 @@ class Loader:
         memory: DeviceMemory,
         *,
         token_budget: int,
+        options: EngineOptions = EngineOptions(),  # noqa: B008 - frozen
         beat: Callable[[Activity], None] = lambda _: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -104,6 +112,7 @@ class Loader:
         self._device = device
         self._memory = memory
         self._token_budget = token_budget
+        self._options = options
         self._beat = beat
         self._clock = clock
         self._commands: queue.SimpleQueue[LoadModel | None] = queue.SimpleQueue()
@@ -188,32 +197,47 @@ class Loader:
             on_progress=on_progress,
         )
         self._beat(Activity.LOADING)
-        needs = self._needs(command, model)
+        workspace = self._workspace(command, model)
         reclaim(self._device)  # what measuring left with torch's allocator counts as taken
         self._beat(Activity.LOADING)
+        needs = _needs(model, workspace)
         limits = settle(command, needs, self._memory.free_bytes(model.weights_bytes))
         cache = model.new_cache(limits.blocks, BLOCK_TOKENS)
-        runner = ModelRunner(model, cache, self._device)
+        kind = AsyncRunner if self._device.type == "cuda" else ModelRunner
+        runner = kind(model, cache, self._device, max_sequences=limits.max_sequences)
         wait_for_stream(self._device)
-        footprint = Footprint(model.weights_bytes, cache.bytes, limits.workspace_bytes)
+        if runner.buffer_bytes:
+            reclaim(self._device)  # what warming up left there
+        beyond = max(0, runner.buffer_bytes - workspace.graph_bytes)
+        footprint = Footprint(model.weights_bytes, cache.bytes, limits.workspace_bytes + beyond)
         self._memory.hold(command.model, footprint)
         return Loaded(
-            Engine(command.model, runner, limits, token_budget=self._token_budget),
+            Engine(
+                command.model,
+                runner,
+                limits,
+                token_budget=self._token_budget,
+                device_type=self._device.type,
+                options=self._options,
+                grammars=Grammars(
+                    partial(Vocabulary.from_checkpoint, Path(command.path)), model.vocab_size
+                ),
+            ),
             _model_loaded(command, limits, footprint, self._clock() - began),
         )
 
-    def _needs(self, command: LoadModel, model: ServableModel) -> Needs:
+    def _workspace(self, command: LoadModel, model: ServableModel) -> Workspace:
         sequences = command.max_sequences or DEFAULT_SEQUENCES
-        return Needs(
-            max_position_embeddings=model.max_position_embeddings,
-            kv_bytes_per_token=kv_bytes_per_token(model),
-            block_tokens=BLOCK_TOKENS,
-            workspace=measure_workspace(
-                model,
-                self._device,
-                max(self._token_budget, sequences),
-                sampling_bytes(sequences, model.vocab_size),
-            ),
+        beside_bytes = sampling_bytes(sequences, model.vocab_size)
+        has_graphs = self._device.type == "cuda" and self._options.cuda_graphs
+        if self._device.type == "cuda":
+            beside_bytes += kv_bytes_per_token(model) * BLOCK_TOKENS  # the scratch block
+        return measure_workspace(
+            model,
+            self._device,
+            max(self._token_budget, sequences),
+            beside_bytes,
+            graph_rows=buckets(sequences) if has_graphs else (),
         )
 
 
@@ -255,6 +279,15 @@ class _Progress:
             )
 
 
+def _needs(model: ServableModel, workspace: Workspace) -> Needs:
+    return Needs(
+        max_position_embeddings=model.max_position_embeddings,
+        kv_bytes_per_token=kv_bytes_per_token(model),
+        block_tokens=BLOCK_TOKENS,
+        workspace=workspace,
+    )
+
+
 def _model_loaded(
     command: LoadModel, limits: Limits, footprint: Footprint, load_seconds: float
 ) -> ModelLoaded:
@@ -275,6 +308,8 @@ def _failure(command: LoadModel, error: Exception) -> LoadFailed | DeviceLost:
     code, detail = "load_failed", f"loading {command.model} failed: {type(error).__name__}"
     if isinstance(error, Refused):
         code, detail = error.code, str(error)
+    elif isinstance(error, Unavailable):
+        code, detail = "attention_unavailable", str(error)
     elif isinstance(error, CheckpointError):
         code, detail = "bad_checkpoint", str(error)
     elif isinstance(error, OSError):

@@ -2,10 +2,10 @@
 
     logprob(i) = x_i - max(x) - log(sum over j of exp(x_j - max(x)))
 
-of the logits x as the model gave them: before bias, penalties, temperature and filters, also for a
-token that was put in. The sum is one of whole numbers, in units of 2**-44 of the likeliest token's
-share, so that it does not depend on the order of summation; 2**18 tokens make it wrong by less than
-2**-26, less than float32, in which log probabilities travel, tells apart.
+of the logits x as the model gave them: before masks, bias, penalties, temperature and filters, also
+for a token that was put in. The sum is one of whole numbers, in units of 2**-44 of the likeliest
+token's share, so that it does not depend on the order of summation; 2**18 tokens make it wrong by
+less than 2**-26, less than float32, in which log probabilities travel, tells apart.
 
 The likeliest are ordered by logit, equals by id.
 
@@ -14,12 +14,15 @@ Shapes: R rows, V vocabulary, K likeliest tokens.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from cortex.models.kernels.sampling import Scores
 from cortex.runtime.device.row import Chosen
+from cortex.runtime.device.shares import shares
 
 MOST = 20
 """The most likeliest tokens that may be asked for; OpenAI's limit."""
@@ -28,30 +31,29 @@ _LEAST = torch.finfo(torch.float32).min  # of what a record can hold
 _LOWER_BITS = 2**32
 
 
-def scored(logits: Tensor, tokens: Tensor, wanted: Sequence[int]) -> list[Chosen]:
-    """Score *tokens*, [R], in *logits*, [R, V] float32, finite; with *wanted* likeliest each."""
-    count = min(max(wanted), logits.shape[-1])
+def score(logits: Tensor, tokens: Tensor, likeliest: int) -> Scores:
+    """Score *tokens*, [R], in *logits*, [R, V] float32, finite, and so many of the *likeliest*."""
+    count = min(likeliest, logits.shape[-1])
     ids = tokens[:, None]
     if count:
         ids = torch.cat([ids, _likeliest(logits, count)], dim=-1)  # [R, 1 + K]
-    values = (logits.gather(-1, ids).double() - _log_total(logits)).clamp(min=_LEAST)
-    rows = zip(ids.tolist(), values.tolist(), wanted, strict=True)
-    return [
-        Chosen(
-            token_id=row_ids[0],
-            logprob=row_values[0],
-            top=list(zip(row_ids, row_values, strict=True))[1 : asked + 1],
-        )
-        for row_ids, row_values, asked in rows
-    ]
+    return Scores(
+        ids=ids,
+        logits=logits.gather(-1, ids),
+        totals=shares(logits).mul_(_UNIT).long().sum(dim=-1),
+        largest=logits.amax(dim=-1),
+    )
 
 
-def _log_total(logits: Tensor) -> Tensor:
-    """[R, V] -> [R, 1] float64: log(sum(exp(x)))."""
-    exact = logits.double()
-    largest = exact.amax(dim=-1, keepdim=True)
-    shares = (exact - largest).exp_().mul_(_UNIT).long()
-    return (shares.sum(dim=-1, keepdim=True).double() / _UNIT).log() + largest
+def told(scores: Scores, wanted: Sequence[int]) -> list[Chosen]:
+    """Return what *scores*, on the host, come to, with *wanted* likeliest of each row."""
+    return [_chosen(*row) for row in zip(*(part.tolist() for part in scores), wanted, strict=True)]
+
+
+def _chosen(ids: list[int], logits: list[float], total: int, largest: float, asked: int) -> Chosen:
+    everything = math.log(total / _UNIT) + largest
+    logprobs = [max(logit - everything, _LEAST) for logit in logits[: 1 + asked]]
+    return Chosen(ids[0], logprobs[0], list(zip(ids[1:], logprobs[1:], strict=False)))
 
 
 def _likeliest(logits: Tensor, count: int) -> Tensor:

@@ -19,11 +19,13 @@ from pathlib import Path
 import torch
 
 from cortex.ipc.channel import DeviceEnd
+from cortex.ipc.engine_options import EngineOptions
 from cortex.ipc.heartbeat import HeartbeatPage, HeartbeatWriter
 from cortex.ipc.log import configure_logging
 from cortex.ipc.messages import PROTOCOL_VERSION, Hello
 from cortex.ipc.ring import TokenProducer, TokenRing
 from cortex.ipc.taps import Tap
+from cortex.models.execution import Execution
 from cortex.models.weights import load_model
 from cortex.runtime.device.cuda import measured_free_bytes, share_one_heap, torch_device
 from cortex.runtime.device.device import Channel, Device
@@ -45,21 +47,25 @@ def main(  # noqa: PLR0917 - the fork passes them by position
     server_threads: int,
     log_level: str = "info",
     test_faults: str = "",
+    options: EngineOptions = EngineOptions(),  # noqa: B008 - frozen
 ) -> None:
     """Be the process of *device_name*; returns after a Shutdown, else exits with 70 or 71.
 
     *memory_bytes* is the device's budget for weights, caches and workspaces, *address* where the
     supervisor's end of the channel is bound. ``threads=None`` leaves torch's own choice.
-    *test_faults* are what ``injection.py`` lets go wrong.
+    *test_faults* are what ``injection.py`` lets go wrong, *options* how engines compute.
     """
     share_one_heap()
     gc.freeze()  # what the imports made stays: no collection, here or in an unload, need look at it
     configure_logging("device", log_level, device=device_name)
     if threads is not None:
         torch.set_num_threads(threads)
+    load_as_told = partial(load_model, execution=execution_of(options))
     with DeviceEnd(address) as channel:
         channel.send(_hello(device_name, preloaded, server_threads))
-        wire, load = arm(test_faults, channel, load_model) if test_faults else (channel, load_model)
+        wire, load = (
+            arm(test_faults, channel, load_as_told) if test_faults else (channel, load_as_told)
+        )
         code = serve(
             device_name,
             memory_bytes,
@@ -68,6 +74,7 @@ def main(  # noqa: PLR0917 - the fork passes them by position
             tap_directory=tap_directory,
             heartbeat=HeartbeatWriter(heartbeat),
             load_model=load,
+            options=options,
         )
     if code:
         sys.exit(code)
@@ -82,6 +89,7 @@ def serve(
     tap_directory: Path | None,
     heartbeat: HeartbeatWriter,
     load_model: LoadFunction,
+    options: EngineOptions,
 ) -> int:
     """Put the parts together, run the loop, and return the exit code."""
     device = torch_device(device_name)
@@ -92,6 +100,7 @@ def serve(
         device,
         memory,
         token_budget=TOKEN_BUDGETS[device.type],
+        options=options,
         beat=heartbeat.loader,
     )
     try:
@@ -107,6 +116,15 @@ def serve(
     finally:
         loader.close()
         tap.close()
+
+
+def execution_of(options: EngineOptions) -> Execution:
+    """Return the part of *options* that the models look at."""
+    return Execution(
+        attention=options.attention,
+        is_batch_invariant=options.batch_invariant,
+        has_graphs=options.cuda_graphs,
+    )
 
 
 def _hello(device_name: str, preloaded: bool, server_threads: int) -> Hello:

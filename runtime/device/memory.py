@@ -21,8 +21,8 @@ from typing import Protocol
 from cortex.ipc.messages import Footprint, LoadModel
 from cortex.runtime.device.refusal import Refused
 
-DEFAULT_SEQUENCES = 16
-SHORT_SEQUENCE_TOKENS = 1024
+DEFAULT_SEQUENCES = 32
+SHORT_SEQUENCE_TOKENS = 512
 MINIMUM_CONTEXT_TOKENS = 256
 DTYPES = "auto", "float32", "bfloat16", "float16"
 _MIB = 2**20

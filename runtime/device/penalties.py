@@ -8,23 +8,23 @@ With x the logit of a token, c how often the answer has it so far, in this order
     presence_penalty p       x - p where c > 0                  tokens of the answer
 
 The second is Keskar et al.'s (arXiv:1909.05858) in the form that keeps a penalty one for negative
-logits too, the others are OpenAI's. Counts are made anew from the tokens of each sequence, so that
-it does not matter how often it was computed. Only the logits of the tokens concerned are touched.
+logits too, the others are OpenAI's. The counts are the sequence's (token_counts.py). Only the
+logits of the tokens concerned are touched.
 
 Shapes: R rows, V vocabulary, N different tokens of each row, those of all rows laid end to end.
 """
 
 from __future__ import annotations
 
-from array import array
-from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from cortex.ipc.messages import SamplingParams
-from cortex.runtime.device.row import Row
+from cortex.runtime.device.cuda import upload
+from cortex.runtime.device.row import Row, is_penalised
 
 LARGEST = 1e30
 """The largest bias or penalty. No model's logits come near, and in float64 nothing made of them
@@ -34,62 +34,41 @@ overflows."""
 def adjust(logits: Tensor, rows: Sequence[Row]) -> None:
     """Change *logits*, [R, V] float64, in place as the *rows* ask."""
     _add_bias(logits, rows)
-    _divide_repeated(logits, rows)
-    _subtract_counted(logits, rows)
+    _penalise(logits, rows)
 
 
 def _add_bias(logits: Tensor, rows: Sequence[Row]) -> None:
-    spots = _spots([row.sampling.logit_bias for row in rows], logits)
-    if spots is not None:
-        bias = [value for row in rows for value in row.sampling.logit_bias.values()]
-        logits[spots] += _numbers(bias, logits)
+    biases = [row.sampling.logit_bias for row in rows]
+    if any(biases):
+        spots = _spots([list(bias) for bias in biases], logits)
+        logits[spots] += _numbers([x for bias in biases for x in bias.values()], logits)
 
 
-def _divide_repeated(logits: Tensor, rows: Sequence[Row]) -> None:
-    repeated = [set(row.known) if row.sampling.repetition_penalty != 1 else () for row in rows]
-    spots = _spots(repeated, logits)
-    if spots is not None:
-        penalty = _of_rows(rows, spots, logits, lambda sampling: sampling.repetition_penalty)
-        x = logits[spots]  # [N]
-        logits[spots] = torch.where(x > 0, x / penalty, x * penalty)
+def _penalise(logits: Tensor, rows: Sequence[Row]) -> None:
+    counts = [row.counts if is_penalised(row.sampling) else None for row in rows]
+    if not any(of_row and of_row.ids for of_row in counts):
+        return
+    spots = _spots([of_row.ids if of_row else [] for of_row in counts], logits)
+    c = _numbers(np.concatenate([of_row.counts for of_row in counts if of_row]), logits)
+
+    def of_rows(value: Callable[[SamplingParams], float]) -> Tensor:
+        return _numbers([value(row.sampling) for row in rows], logits)[spots[0]]
+
+    x = logits[spots]  # [N]
+    penalty = of_rows(lambda sampling: sampling.repetition_penalty)
+    x = torch.where(x > 0, x / penalty, x * penalty)
+    frequency = of_rows(lambda sampling: sampling.frequency_penalty)
+    presence = of_rows(lambda sampling: sampling.presence_penalty)
+    logits[spots] = torch.where(c > 0, x - frequency * c - presence, x)
 
 
-def _subtract_counted(logits: Tensor, rows: Sequence[Row]) -> None:
-    counts = [Counter(row.answer if _counts(row.sampling) else ()) for row in rows]
-    spots = _spots(counts, logits)
-    if spots is not None:
-        c = _numbers([count for of_row in counts for count in of_row.values()], logits)
-        frequency = _of_rows(rows, spots, logits, lambda sampling: sampling.frequency_penalty)
-        presence = _of_rows(rows, spots, logits, lambda sampling: sampling.presence_penalty)
-        logits[spots] = logits[spots] - frequency * c - presence
-
-
-def _counts(sampling: SamplingParams) -> bool:
-    return sampling.presence_penalty != 0 or sampling.frequency_penalty != 0
-
-
-def _spots(ids: Sequence[Iterable[int]], logits: Tensor) -> tuple[Tensor, Tensor] | None:
-    """Return rows and columns, [N] each, of the *ids* of each row; None where there are none."""
-    rows, columns = array("q"), array("q")
-    for row, row_ids in enumerate(ids):
-        columns.extend(row_ids)
-        rows.extend([row] * (len(columns) - len(rows)))
-    if not columns:
-        return None
-    index = torch.stack([torch.frombuffer(part, dtype=torch.int64) for part in (rows, columns)])
-    of_row, of_column = index.to(logits.device)
+def _spots(ids: Sequence[Sequence[int]], logits: Tensor) -> tuple[Tensor, Tensor]:
+    """Return rows and columns, [N] each, of the *ids* of each row."""
+    columns = np.concatenate([np.array(row_ids, dtype=np.int64) for row_ids in ids])
+    rows = np.repeat(np.arange(len(ids)), [len(row_ids) for row_ids in ids])
+    of_row, of_column = upload(np.stack([rows, columns]), torch.int64, logits.device)
     return of_row, of_column
 
 
-def _of_rows(
-    rows: Sequence[Row],
-    spots: tuple[Tensor, Tensor],
-    logits: Tensor,
-    value: Callable[[SamplingParams], float],
-) -> Tensor:
-    """Return the *value* of each spot's row, [N]."""
-    return _numbers([value(row.sampling) for row in rows], logits)[spots[0]]
-
-
-def _numbers(values: Sequence[float], like: Tensor) -> Tensor:
-    return torch.tensor(values, dtype=like.dtype, device=like.device)
+def _numbers(values: Sequence[float] | np.ndarray, like: Tensor) -> Tensor:
+    return upload(values, like.dtype, like.device)

@@ -19,6 +19,7 @@ context_length_exceeded       a prompt     no room in the context for it and an 
 prompt_too_long_for_memory    a prompt     fits the context, can never fit the KV cache
 unhealthy_logits              a sequence   its logits or its vector had a NaN or an infinity
 cancelled                     embed        somebody asked for it, or the model or the device goes
+grammar_failed                a sequence   its grammar is none, or no token can follow in it
 out_of_memory                 a sequence   the youngest of a step that ran out of memory
 step_failed                   a sequence   was in a step that failed otherwise
 protocol_error                a frame      is not a command; nothing else is touched

@@ -4,39 +4,42 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from cortex.ipc.messages import SamplingParams
+
+if TYPE_CHECKING:  # the scheduler needs this file, and no torch
+    from torch import Tensor
+
+    from cortex.runtime.device.token_counts import TokenCounts
 
 
 class Row(NamedTuple):
     """How to choose from a row, and the position that the chosen token will have.
 
-    ``known`` are the prompt, ``prompt_tokens`` of them, and the answer so far; only penalties look
-    at them. ``forced`` is put in instead of what would be chosen.
+    ``counts`` are the tokens known so far; only penalties look at them, and have to have them.
+    ``forced`` is put in instead of what would be chosen. ``allowed`` are the tokens that may be
+    chosen, a bit each, int32 [ceil(V / 32)] on the host, with token i at bit i % 32 of word
+    i // 32; None where all are.
     """
 
     sampling: SamplingParams
     position: int
-    known: Sequence[int] = ()
-    prompt_tokens: int = 0
+    counts: TokenCounts | None = None
     forced: int | None = None
+    allowed: Tensor | None = None
 
     @property
-    def answer(self) -> Sequence[int]:
-        """The tokens that were generated so far."""
-        return self.known[self.prompt_tokens :]
-
-    @property
-    def is_adjusted(self) -> bool:
+    def is_changed(self) -> bool:
         """Whether the logits to choose from are not those of the model."""
-        is_changed = bool(self.sampling.logit_bias) or is_penalised(self.sampling)
-        return is_changed and self.forced is None
+        sampling = self.sampling
+        is_free = self.allowed is None and not sampling.logit_bias and not is_penalised(sampling)
+        return not is_free and self.forced is None
 
     @property
     def is_drawn(self) -> bool:
         """Whether chance decides, by the logits of the model."""
-        return self.sampling.temperature > 0 and self.forced is None and not self.is_adjusted
+        return self.sampling.temperature > 0 and self.forced is None and not self.is_changed
 
     @property
     def wants_logprobs(self) -> bool:
@@ -45,15 +48,16 @@ class Row(NamedTuple):
 
 
 class Chosen(NamedTuple):
-    """What came of a row: its token, None where the logits were not finite.
+    """What came of a row: its token, None where the logits were not finite or nothing was allowed.
 
-    ``logprob`` is the token's, NaN where it was not asked for; ``top`` are the ids and log
-    probabilities of the likeliest tokens, likeliest first.
+    The second of these ``is_stuck``. ``logprob`` is the token's, NaN where it was not asked for;
+    ``top`` are the ids and log probabilities of the likeliest tokens, likeliest first.
     """
 
     token_id: int | None
     logprob: float = math.nan
     top: Sequence[tuple[int, float]] = ()
+    is_stuck: bool = False
 
 
 def is_penalised(sampling: SamplingParams) -> bool:

@@ -4,13 +4,20 @@ There is no prefill phase and no decode phase. A sequence has tokens known and t
 a step brings some of the difference closer, under one budget of tokens:
 
 1. every running sequence that lacks one token gets it (streams never stall);
-2. running prompts get what is left, in order of arrival, in chunks;
-3. waiting sequences join while budget, seats and blocks last, strictly first come, first served.
+2. running prompts get what is left, in order, in chunks;
+3. waiting sequences join while budget, seats and blocks last, strictly in order (before 1, where
+   they are more urgent than one that runs);
+4. where nobody has a prompt to compute, sequences bring drafts of their next tokens along.
 
-Joining takes the blocks of the tokens known plus a little, not of ``max_tokens``. When blocks run
-out later, the running sequence that came last is preempted: it gives its blocks back, keeps its
-tokens, goes to the head of the waiting ones and is computed again. So whoever runs came before
-whoever waits, the first of them can always go on, and every sequence ends.
+The order is that of priority, then of arrival. A sequence that joins finds the blocks of its head
+that others have computed, and takes the rest of the tokens known plus a little, not of
+``max_tokens``. When blocks run out later, the last in order is preempted: it gives its blocks back,
+keeps its tokens, and is computed again, mostly from the blocks that are still known. So is one that
+runs while a more urgent one waits. Whoever runs comes before whoever waits, the first of them can
+always go on, and every sequence ends.
+
+A plan may be made before the step before has told its tokens: each of them is then ``UNKNOWN`` in
+the plan, and its sequence, unless that token is its last for sure, goes on.
 
 An embedding is a sequence that is given no token: it ends when all of its tokens are computed.
 
@@ -19,7 +26,9 @@ The plan is plain data, so that the ranks of a group can be sent it.
 
 from __future__ import annotations
 
-from collections import deque
+from bisect import insort
+from itertools import count as numbers
+from typing import TYPE_CHECKING
 
 import msgspec
 
@@ -27,8 +36,12 @@ from cortex.ipc.messages import SamplingParams
 from cortex.ipc.ring import Flag
 from cortex.models.checkpoints.pooling import Pooling
 from cortex.runtime.device.block_pool import BlockPool
-from cortex.runtime.device.row import is_penalised
+from cortex.runtime.device.drafts import Costs, Drafter
 from cortex.runtime.device.sequence import Sequence
+from cortex.runtime.device.token_counts import TokenCounts
+
+if TYPE_CHECKING:  # this file needs no torch
+    from cortex.runtime.device.grammar import GrammarState
 
 TOKEN_BUDGETS = {"cpu": 128, "cuda": 512}
 """Tokens of a step, by kind of device. On a CPU a step of 128 prompt tokens takes a quarter of the
@@ -38,22 +51,25 @@ RESERVE_TOKENS = 64
 
 
 class PlannedSequence(msgspec.Struct, frozen=True):
-    """What one sequence brings to a step: tokens at positions from ``first_position`` on."""
+    """What one sequence brings to a step: tokens at positions from ``first_position`` on.
+
+    The last ``drafts`` of them are guesses of what comes after those known.
+    """
 
     sequence_id: int
     token_ids: list[int]
     first_position: int
     block_table: list[int]
     is_last: bool
-    """The last of these tokens is the last known."""
+    """All tokens known are computed then."""
     sampling: SamplingParams
     pooling: Pooling | None = None
     """How an embedding makes one vector of all its tokens; None for a generation."""
-    known: list[int] = []
-    """All tokens known, ``prompt_tokens`` of them the prompt's, where penalties need them."""
-    prompt_tokens: int = 0
+    counts: TokenCounts | None = None
+    """Of all tokens known, where penalties need them; a rank that is sent a plan keeps its own."""
     forced: int | None = None
     """The token that comes next whatever the logits say."""
+    drafts: int = 0
 
     @property
     def samples(self) -> bool:
@@ -61,9 +77,24 @@ class PlannedSequence(msgspec.Struct, frozen=True):
         return self.is_last and self.pooling is None
 
     @property
+    def rows(self) -> int:
+        """How many rows of logits it wants, of its last tokens."""
+        return 1 + self.drafts if self.samples else 0
+
+    @property
+    def drafted(self) -> list[int]:
+        """The guesses."""
+        return self.token_ids[len(self.token_ids) - self.drafts :]
+
+    @property
     def end_position(self) -> int:
-        """The position after the last of these tokens: that of a token sampled from them."""
+        """The position after the last of these tokens."""
         return self.first_position + len(self.token_ids)
+
+    @property
+    def known_position(self) -> int:
+        """The position after those known: that of the first token sampled from them."""
+        return self.end_position - self.drafts
 
 
 class StepPlan(msgspec.Struct, frozen=True):
@@ -88,8 +119,13 @@ class StepPlan(msgspec.Struct, frozen=True):
 
     @property
     def sampled(self) -> list[PlannedSequence]:
-        """The sequences that get a token, in the order of the rows of logits."""
+        """The sequences that get tokens, in the order of their rows of logits."""
         return [planned for planned in self.sequences if planned.samples]
+
+    @property
+    def rows(self) -> int:
+        """How many rows of logits it has."""
+        return sum(planned.rows for planned in self.sequences)
 
 
 class Scheduler:
@@ -102,13 +138,21 @@ class Scheduler:
         max_sequences: int,
         max_context_tokens: int,
         token_budget: int,
+        keeps_prefixes: bool = True,
+        draft_costs: Costs | None = None,
     ) -> None:
+        """Draft where *draft_costs* are given, one of ``drafts.COSTS``."""
         self.pool = pool
         self.max_sequences = max_sequences
         self.limit_tokens = min(max_context_tokens, pool.tokens)
         self.token_budget = max(token_budget, max_sequences)  # so that all running can decode
-        self.running: list[Sequence] = []  # in order of arrival
-        self.waiting: deque[Sequence] = deque()  # all came later than those running
+        self.running: list[Sequence] = []  # in order
+        self.waiting: list[Sequence] = []  # in order, all after those running
+        self.preemptions = 0
+        self._keeps_prefixes = keeps_prefixes
+        self._draft_costs = draft_costs or Costs(0.0, 0.0)
+        self._drafts = draft_costs is not None
+        self._arrivals = numbers()
         self._by_id: dict[int, Sequence] = {}
 
     def __contains__(self, sequence_id: int) -> bool:
@@ -119,19 +163,39 @@ class Scheduler:
 
     @property
     def sequence_ids(self) -> list[int]:
-        """All sequences, in order of arrival."""
+        """All sequences, in order."""
         return [sequence.id for sequence in (*self.running, *self.waiting)]
+
+    @property
+    def has_to_know(self) -> bool:
+        """Whether the next plan needs the tokens that the step before is about to tell."""
+        price = self._draft_costs.price(len(self.running))
+        return any(
+            sequence.is_due
+            and not (
+                sequence.is_free_of_history
+                and (sequence.drafter is None or not sequence.drafter.is_hopeful(price))
+            )
+            for sequence in self.running
+        )
 
     def add(self, sequence: Sequence) -> None:
         """Queue *sequence*, whose prompt fits ``limit_tokens``, a generation's with one more."""
         assert sequence.id not in self._by_id, "ids are the caller's and unique"
         most = self.limit_tokens - (sequence.pooling is None)  # a generation needs one more
         assert 0 < len(sequence.tokens) <= most, "the engine refused it before"
+        sequence.arrival = next(self._arrivals)
+        if self._drafts and sequence.pooling is None:
+            sequence.drafter = Drafter()
         self._by_id[sequence.id] = sequence
-        self.waiting.append(sequence)
+        insort(self.waiting, sequence, key=_rank)
 
-    def end(self, sequence_id: int) -> Sequence | None:
-        """Forget a sequence wherever it is, free its blocks and return it; None if none is it."""
+    def end(self, sequence_id: int, *, is_healthy: bool = True) -> Sequence | None:
+        """Forget a sequence wherever it is, free its blocks and return it; None if none is it.
+
+        No other prompt finds the head of one that is not healthy: who has computed what of it, and
+        where it went wrong, is not known.
+        """
         sequence = self._by_id.pop(sequence_id, None)
         if sequence is None:
             return None
@@ -139,34 +203,73 @@ class Scheduler:
             self.running.remove(sequence)
         else:
             self.waiting.remove(sequence)
+        if not is_healthy:
+            self.pool.forget(sequence.known_keys)
         self._release(sequence)
         return sequence
 
     def schedule(self) -> StepPlan:
-        """Decide the next step; it is never empty while there is a sequence."""
-        preempted = self._make_room()
-        counts = {s.id: 1 for s in self.running if s.remaining == 1}
+        """Decide the next step.
+
+        It is empty only where every sequence waits for the step before to tell its last token.
+        """
+        has_preempted = self._make_room()
+        if not has_preempted:
+            self._admit_urgent()
+        ready = [sequence for sequence in self.running if self._goes_on(sequence)]
+        counts = {sequence.id: 1 for sequence in ready if sequence.remaining == 1}
         budget = self.token_budget - len(counts)
-        for sequence in self.running:
+        for sequence in ready:
             if sequence.remaining > 1 and budget:
                 counts[sequence.id] = min(sequence.remaining, budget)
                 budget -= counts[sequence.id]
-        while budget and not preempted and (joined := self._admit()):
+        while budget and not has_preempted and (joined := self._admit()):
             counts[joined.id] = min(joined.remaining, budget)
             budget -= counts[joined.id]
-        return StepPlan([_plan(s, counts[s.id]) for s in self.running if s.id in counts])
+        planned = [sequence for sequence in self.running if sequence.id in counts]
+        if any(counts[sequence.id] > 1 for sequence in planned):
+            return StepPlan([_plan(sequence, counts[sequence.id], []) for sequence in planned])
+        return StepPlan([_plan(s, 1, drafts) for s, drafts in self._with_drafts(planned, budget)])
 
     def advance(self, plan: StepPlan) -> None:
-        """Note that *plan* was computed."""
+        """Note that *plan* was launched: what comes after it finds its tokens computed."""
         for planned in plan.sequences:
-            self._by_id[planned.sequence_id].computed = planned.end_position
+            sequence = self._by_id[planned.sequence_id]
+            sequence.computed = planned.known_position
+            sequence.due += planned.samples
+            self._remember(sequence)
 
-    def append(self, sequence_id: int, token_id: int) -> Flag:
-        """Give a sequence its next token; one that is finished by it is forgotten here."""
-        flags = self._by_id[sequence_id].append(token_id, self.limit_tokens)
+    def append(self, sequence_id: int, token_id: int, *, is_computed: bool = False) -> Flag:
+        """Give a sequence its next token; one that is finished by it is forgotten here.
+
+        *is_computed* says that the token was drafted in the step that told it.
+        """
+        sequence = self._by_id[sequence_id]
+        flags = sequence.append(token_id, self.limit_tokens)
+        sequence.computed += is_computed
+        sequence.due -= not is_computed  # the others of a step come before its last
         if flags & Flag.FINISH:
             self.end(sequence_id)
         return flags
+
+    def grammar_of(self, sequence_id: int) -> GrammarState | None:
+        """Return where the answer of a sequence stands in its grammar; None without one."""
+        return self._by_id[sequence_id].grammar
+
+    def is_complete(self, sequence_id: int) -> bool:
+        """Whether the grammar of a sequence lets nothing follow."""
+        return self._by_id[sequence_id].is_complete
+
+    def cached_tokens_once(self, sequence_id: int) -> int | None:
+        """Return how many tokens of a prompt were found computed; None when asked again."""
+        sequence = self._by_id[sequence_id]
+        cached_tokens, sequence.cached_tokens = sequence.cached_tokens, None
+        return cached_tokens
+
+    def _goes_on(self, sequence: Sequence) -> bool:
+        """Whether there is something to compute, whatever token is due."""
+        last = sequence.last_possible(self.limit_tokens)
+        return not sequence.is_due or len(sequence.tokens) + 1 < last
 
     def _make_room(self) -> bool:
         """Give every running sequence blocks for its tokens; return whether one had to go back."""
@@ -174,7 +277,8 @@ class Scheduler:
         at = 0
         while at < len(self.running):
             sequence = self.running[at]
-            missing = self.pool.blocks_for(len(sequence.tokens)) - len(sequence.blocks)
+            tokens = sequence.computed + sequence.remaining if self._goes_on(sequence) else 0
+            missing = self.pool.blocks_for(tokens) - len(sequence.blocks)
             blocks = self.pool.take(missing) if missing > 0 else []
             if blocks is None:
                 self._preempt_last()
@@ -184,48 +288,128 @@ class Scheduler:
                 at += 1
         return preempted
 
+    def _admit_urgent(self) -> None:
+        """Let those join who come before one that runs, whose prompt would hold them up."""
+        while self.waiting and self.running and self.waiting[0].rank < self.running[-1].rank:
+            if self._admit() is None:
+                return
+
     def _admit(self) -> Sequence | None:
         """Let the first of the waiting join, or return None where it has to wait."""
-        if not self.waiting or len(self.running) >= self.max_sequences:
+        if not self.waiting or self.waiting[0].is_due:
             return None
-        blocks = self.pool.take(self._price(self.waiting[0]))
-        if blocks is None:
-            return None
-        sequence = self.waiting.popleft()
-        sequence.blocks = blocks
-        self.running.append(sequence)
-        return sequence
+        first = self.waiting[0]
+        if not self._can_join(first):
+            if not self._could_join_for_others(first):
+                return None
+            while not self._can_join(first):
+                self._preempt_last()
+        self.waiting.remove(first)
+        insort(self.running, first, key=_rank)
+        return first
+
+    def _can_join(self, sequence: Sequence) -> bool:
+        """Give *sequence* the blocks that joining takes, where there are seat and blocks."""
+        if len(self.running) >= self.max_sequences:
+            return False
+        shared = self.pool.share(self._head_keys(sequence))
+        others = self.pool.take(self._price(sequence) - len(shared))
+        if others is None:
+            self.pool.give_back(shared)
+            return False
+        sequence.blocks = shared + others
+        sequence.known_blocks = len(shared)
+        sequence.computed = len(shared) * self.pool.block_tokens
+        if not sequence.has_joined:
+            sequence.has_joined = True
+            sequence.cached_tokens = sequence.computed
+        return True
+
+    def _could_join_for_others(self, sequence: Sequence) -> bool:
+        """Whether *sequence* could join if those that are less urgent went back."""
+        less_urgent = [other for other in self.running if other.rank > sequence.rank]
+        freed = {block for other in less_urgent for block in other.blocks}
+        kept = {b for other in self.running if other.rank < sequence.rank for b in other.blocks}
+        return (
+            bool(less_urgent)
+            and len(self.running) - len(less_urgent) < self.max_sequences
+            and self.pool.free + len(freed - kept) >= self._price(sequence)
+        )
+
+    def _head_keys(self, sequence: Sequence) -> list[bytes]:
+        """Return the keys of the blocks that may be shared: all full ones but the last token's."""
+        if not self._keeps_prefixes or sequence.pooling is not None:
+            return []
+        full = (len(sequence.tokens) - 1) // self.pool.block_tokens
+        return sequence.keys(full, self.pool.block_tokens)
+
+    def _remember(self, sequence: Sequence) -> None:
+        """Let others find the blocks of *sequence* that are full by now."""
+        if not self._keeps_prefixes or sequence.pooling is not None:
+            return
+        known = min(sequence.computed, len(sequence.tokens)) // self.pool.block_tokens
+        if known == sequence.known_blocks:
+            return
+        keys = sequence.keys(known, self.pool.block_tokens)
+        for index in range(sequence.known_blocks, known):
+            self.pool.remember(sequence.blocks[index], keys[index])
+        sequence.known_blocks = known
 
     def _price(self, sequence: Sequence) -> int:
         """Return the blocks that joining takes; never more than the pool has."""
         soon = len(sequence.tokens) + RESERVE_TOKENS
-        most = sequence.prompt_tokens + sequence.sampling.max_tokens
-        return self.pool.blocks_for(min(soon, most, self.limit_tokens))
+        return self.pool.blocks_for(min(soon, sequence.last_possible(self.limit_tokens)))
+
+    def _with_drafts(
+        self, planned: list[Sequence], budget: int
+    ) -> list[tuple[Sequence, list[int]]]:
+        """Return each of *planned* with its drafts, for which there are budget and free blocks."""
+        price = self._draft_costs.price(len(planned))
+        with_drafts = []
+        for sequence in planned:
+            drafts: list[int] = []
+            if sequence.drafter and not sequence.is_due and sequence.can_draft:
+                left = sequence.last_possible(self.limit_tokens) - len(sequence.tokens) - 1
+                drafts = sequence.drafter.draft(price, min(budget, left))
+                drafts = drafts[: self._room_for_drafts(sequence, len(drafts))]
+            budget -= len(drafts)
+            with_drafts.append((sequence, drafts))
+        return with_drafts
+
+    def _room_for_drafts(self, sequence: Sequence, count: int) -> int:
+        """Return for how many of *count* drafts there are blocks; nobody is preempted for them."""
+        missing = self.pool.blocks_for(len(sequence.tokens) + count) - len(sequence.blocks)
+        if missing > 0:
+            sequence.blocks += self.pool.take(missing) or []
+        return len(sequence.blocks) * self.pool.block_tokens - len(sequence.tokens)
 
     def _preempt_last(self) -> None:
         victim = self.running.pop()
         self._release(victim)
-        self.waiting.appendleft(victim)
+        insort(self.waiting, victim, key=_rank)
+        self.preemptions += 1
 
     def _release(self, sequence: Sequence) -> None:
         self.pool.give_back(sequence.blocks)
         sequence.blocks = []
-        sequence.computed = 0
+        sequence.computed = sequence.known_blocks = 0
 
 
-def _plan(sequence: Sequence, count: int) -> PlannedSequence:
-    first = sequence.computed
+def _rank(sequence: Sequence) -> tuple[int, int]:
+    return sequence.rank
+
+
+def _plan(sequence: Sequence, count: int, drafts: list[int]) -> PlannedSequence:
     is_last = count == sequence.remaining
-    knows = is_last and is_penalised(sequence.sampling)
     return PlannedSequence(
         sequence_id=sequence.id,
-        token_ids=sequence.tokens[first : first + count],
-        first_position=first,
+        token_ids=[*sequence.next_tokens(count), *drafts],
+        first_position=sequence.computed,
         block_table=list(sequence.blocks),
         is_last=is_last,
         sampling=sequence.sampling,
         pooling=sequence.pooling,
-        known=list(sequence.tokens) if knows else [],
-        prompt_tokens=sequence.prompt_tokens,
+        counts=sequence.counts,
         forced=sequence.forced,
+        drafts=len(drafts),
     )

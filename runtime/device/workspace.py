@@ -7,12 +7,17 @@ between a short and a long context, a straight line does.
 
 Only tensors of the measuring thread are counted, so that a load can be measured beside the steps of
 other models. What a kernel allocates inside itself is not seen.
+
+Steps that are recorded (on a CPU) are all buffers, which stay from step to step and have room for a
+power of two of tokens: two small recordings foretell what a large one takes. CUDA graphs keep the
+memory of a decode step, beside what a step without a graph takes. What they will keep is foretold
+like any step, from one of as many tokens as the largest graph has rows.
 """
 
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,19 +26,26 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cortex.ipc.messages import SamplingParams
+from cortex.models.batch import KVCache
 from cortex.runtime.device.model_runner import BLOCK_TOKENS, ModelRunner, ServableModel
 from cortex.runtime.device.scheduler import PlannedSequence, StepPlan
 
 _PROBE_TOKENS = 4, 8
 _PROBE_CONTEXT_TOKENS = 4096  # a straight line from here on
+_LOGIT_BYTES = 4
+_POOL_SLACK = 1.25  # torch's allocator rounds up, and splits what it has
 
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """Memory of a largest step: a part that does not depend on the context, and one that does."""
+    """Memory of a largest step: a part that does not depend on the context, and one that does.
+
+    ``graph_bytes`` of the first part are what CUDA graphs are expected to keep.
+    """
 
     fixed_bytes: int
     bytes_per_context_token: int
+    graph_bytes: int = 0
 
     def at(self, context_tokens: int) -> int:
         """Return the bytes for a sequence of *context_tokens*."""
@@ -92,19 +104,46 @@ def living_bytes(compute: Callable[[], object]) -> list[int]:
 
 
 def measure_workspace(
-    model: ServableModel, device: torch.device, token_budget: int, beside_bytes: int
+    model: ServableModel,
+    device: torch.device,
+    token_budget: int,
+    beside_bytes: int,
+    graph_rows: Sequence[int] = (),
 ) -> Workspace:
-    """Run *model* on small steps; *beside_bytes* is what sampling takes after a step."""
+    """Run *model* on small steps; *beside_bytes* is what sampling takes after a step.
+
+    *graph_rows* are the numbers of rows that decode steps will be captured of.
+    """
     far = min(_PROBE_CONTEXT_TOKENS, model.max_position_embeddings)
     near = min(_PROBE_TOKENS[-1], far)
     cache = model.new_cache(1, BLOCK_TOKENS)
+    if device.type == "cpu" and (kept := _foretell_buffers(model, cache, near, token_budget)):
+        return Workspace(kept + beside_bytes, bytes_per_context_token=0)
     runner = ModelRunner(model, cache, device, is_recorded=False)
+    _run(runner, near, near)  # uncounted: the first step of a shape may try out and compile kernels
     at_near, at_far = (_foretell(runner, token_budget, context) for context in (near, far))
     growth = max(0, at_far - at_near) // max(1, far - near)
+    graph_bytes = 0
+    if graph_rows:
+        logits_bytes = sum(graph_rows) * model.vocab_size * _LOGIT_BYTES
+        graph_bytes = logits_bytes + int(_POOL_SLACK * _foretell(runner, max(graph_rows), far))
     return Workspace(
-        fixed_bytes=max(0, at_near - growth * near) + beside_bytes,
+        fixed_bytes=max(0, at_near - growth * near) + beside_bytes + graph_bytes,
         bytes_per_context_token=growth,
+        graph_bytes=graph_bytes,
     )
+
+
+def _foretell_buffers(model: ServableModel, cache: KVCache, context: int, tokens: int) -> int:
+    """Return what recorded steps of up to *tokens* keep; 0 where there is nothing to record."""
+    few, more = (min(count, context) for count in _PROBE_TOKENS)
+    kept = []
+    for count in (few, more):
+        runner = ModelRunner(model, cache, torch.device("cpu"))
+        _run(runner, count, context)
+        kept.append(runner.buffer_bytes)
+    room = 1 << (tokens - 1).bit_length()
+    return kept[0] + (kept[1] - kept[0]) * (room - few) // max(1, more - few)
 
 
 def _foretell(runner: ModelRunner, tokens: int, context: int) -> int:
@@ -118,6 +157,10 @@ def _foretell(runner: ModelRunner, tokens: int, context: int) -> int:
 
 
 def _history(runner: ModelRunner, tokens: int, context: int) -> list[int]:
+    return living_bytes(lambda: _run(runner, tokens, context))
+
+
+def _run(runner: ModelRunner, tokens: int, context: int) -> Tensor:
     """Run a step of *tokens* at the end of *context*, all of it in block 0."""
     step = PlannedSequence(
         sequence_id=0,
@@ -127,7 +170,7 @@ def _history(runner: ModelRunner, tokens: int, context: int) -> list[int]:
         is_last=True,
         sampling=SamplingParams(temperature=0.0, max_tokens=1, seed=0),
     )
-    return living_bytes(lambda: runner.forward(StepPlan([step])))
+    return runner.forward(StepPlan([step]))
 
 
 def _tensors(tree: Any) -> Iterable[Tensor]:

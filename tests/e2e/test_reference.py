@@ -76,6 +76,8 @@ def greedy_by_engine(engine: Engine, prompt: list[int], sequence_id: int) -> lis
     tokens, flags = [], 0
     while not flags & Flag.FINISH:
         for record in engine.step().records:
+            if record.flags & Flag.PROMPT:
+                continue
             tokens.append(record.token_id)
             flags = record.flags
     return tokens

@@ -7,6 +7,7 @@ import pytest
 from aiohttp import web
 
 from cortex.gateway.app import Gateway
+from cortex.ipc.response_body import ResponseBody
 from fakes import FakeNeuron, gateway_config, until
 
 STREAM = {"model": "qwen3-8b", "messages": [], "stream": True}
@@ -19,13 +20,17 @@ async def line_of_a_request_whose_writes_fail(
     logged: list[dict[str, Any]],
 ) -> dict[str, Any]:
     """Return the canonical line where the gateway cannot write anything with *word* in it."""
-    original = web.StreamResponse.write
+    original, at_once = web.StreamResponse.write, ResponseBody.write_at_once
+
+    def write_at_once(body: ResponseBody, data: bytes) -> bool:
+        return word not in data and at_once(body, data)
 
     async def write(response: web.StreamResponse, data: bytes) -> None:
         if word in data and response.headers.get("x-cortex-node"):
             raise ConnectionResetError
         await original(response, data)
 
+    monkeypatch.setattr(ResponseBody, "write_at_once", write_at_once)
     monkeypatch.setattr(web.StreamResponse, "write", write)
     async with Gateway(gateway_config(neuron)) as gateway, aiohttp.ClientSession() as session:
         response = await session.post(gateway.url + "/v1/chat/completions", json=STREAM)

@@ -241,6 +241,17 @@ async def test_health_names_what_cannot_be_served(
     )
 
 
+async def test_a_model_that_is_only_full_is_no_fault(session: aiohttp.ClientSession) -> None:
+    async with FakeNeuron(["m"]) as a, Gateway(gateway_config(a)) as gateway:
+        a.models["m"].servable = Servable(ok=False, reason="overloaded", detail="32 of 32 seats")
+        await gateway.poller.refresh("a")
+        _, health = await get(session, gateway.url + "/health")
+        _, listed = await get(session, gateway.url + "/v1/models/m")
+
+    assert health["status"] == "ok"
+    assert listed["loaded"]
+
+
 @pytest.mark.parametrize("path", ["/", "/api/hello", "/health"])
 async def test_a_head_request_is_answered(session: aiohttp.ClientSession, path: str) -> None:
     async with (

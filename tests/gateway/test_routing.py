@@ -75,6 +75,13 @@ def test_the_least_busy_replica_serves() -> None:
     assert served_by(fleet(node("a", busy=2), node("b", busy=1), node("c", busy=3))) == "b"
 
 
+def test_a_full_replica_is_the_last_choice_and_still_one() -> None:
+    full = node("a", busy=1, servable=Servable(ok=False, reason="overloaded", detail="1 of 1"))
+
+    assert served_by(fleet(full, node("b", busy=9))) == "b"
+    assert served_by(fleet(full)) == "a"
+
+
 def test_ties_go_by_name() -> None:
     assert served_by(fleet(node("b", busy=1), node("a", busy=1))) == "a"
 

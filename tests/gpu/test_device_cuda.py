@@ -10,6 +10,7 @@ from cortex.ipc.messages import MemoryReport, QueryMemory, SamplingParams, Unloa
 from cortex.runtime.device.device import EXIT_DEVICE_LOST
 from cortex.runtime.device.row import Row
 from cortex.runtime.device.sampler import sample
+from cortex.runtime.device.token_counts import TokenCounts
 from engine_fakes import DeviceBench, FakeLoad, FakeModel, answer, greedy, loaded
 
 pytestmark = [
@@ -48,8 +49,7 @@ def various() -> tuple[Tensor, list[Row]]:
                 top_logprobs=(None, 0, 20)[n % 3],
             ),
             n,
-            known=list(range(n)) * 3,
-            prompt_tokens=n,
+            TokenCounts.of(list(range(n)) * 3, n),
             forced=77 if n == 19 else None,
         )
         for n in range(20)

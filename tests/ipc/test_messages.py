@@ -32,6 +32,7 @@ EVERY_COMMAND: list[messages.Command] = [
     messages.Embed(command_id=6, model="m", prompt_token_ids=[1, 2], pooling="mean"),
     messages.Cancel(command_id=3, sequence_id=7),
     messages.QueryMemory(command_id=4),
+    messages.ClearPrefixCache(command_id=4, model="m"),
     messages.Shutdown(command_id=5),
 ]
 
@@ -60,6 +61,10 @@ EVERY_EVENT: list[messages.Event] = [
     messages.ModelUnloaded(command_id=1, model="m"),
     messages.Embedded(command_id=6, vector=b"\0\0\x80?"),
     messages.MemoryReport(command_id=1, total_bytes=10, free_bytes=4, models={"m": FOOTPRINT}),
+    messages.CacheCleared(command_id=4, model="m", blocks=3),
+    messages.EngineReport(
+        "m", 1, 2, kv_free_tokens=64, preemptions=4, drafted_tokens=6, accepted_tokens=5
+    ),
     messages.Failed(code="step_failed", detail="why", sequence_id=7),
     messages.Bye(command_id=5),
 ]

@@ -49,8 +49,6 @@ def test_a_body_without_a_model_says_so(model: object) -> None:
 @pytest.mark.parametrize(
     ("name", "value"),
     [
-        ("tool_choice", "required"),
-        ("tool_choice", {"type": "function", "function": {"name": "look"}}),
         ("functions", [{"name": "look"}]),
         ("function_call", "auto"),
         ("top_logprobs", 5),
@@ -58,7 +56,6 @@ def test_a_body_without_a_model_says_so(model: object) -> None:
         ("echo", True),
         ("suffix", "the end"),
         ("min_tokens", 3),
-        ("response_format", {"type": "json_object"}),
     ],
 )
 def test_a_known_parameter_that_is_not_honoured_is_refused_by_name(
@@ -129,6 +126,20 @@ def test_a_parameter_without_effect_is_accepted(name: str) -> None:
         ("parallel_tool_calls", "no"),
         ("tools", {"type": "function"}),
         ("tool_choice", 3),
+        ("tool_choice", "any"),
+        ("tool_choice", {"type": "allowed_tools"}),
+        ("tool_choice", "required"),
+        ("response_format", {"type": "grammar"}),
+        ("response_format", {"type": "json_schema"}),
+        ("response_format", {"type": "json_schema", "json_schema": {"name": "x"}}),
+        ("response_format", {"type": "text", "json_schema": {"name": "x", "schema": {}}}),
+        ("structured_outputs", {}),
+        ("structured_outputs", {"json_object": False}),
+        ("structured_outputs", {"json": {}, "regex": "a"}),
+        ("structured_outputs", {"choice": []}),
+        ("structured_outputs", {"choice": ["yes", ""]}),
+        ("structured_outputs", {"regex": "a" * 16_385}),
+        ("structured_outputs", {"whitespace_pattern": " "}),
     ],
 )
 def test_a_value_of_the_wrong_type_or_size_names_its_place(name: str, value: object) -> None:
@@ -222,7 +233,6 @@ def test_a_tool_of_the_wrong_shape_names_its_place(function: dict[str, object], 
     [
         ({"type": "web_search"}, "tools[0].type"),
         ({"type": "custom", "custom": {"name": "x"}}, "tools[0].type"),
-        ({"type": "function", "function": {**LOOK, "strict": True}}, "tools[0].function.strict"),
     ],
 )
 def test_a_tool_that_cannot_be_honoured_is_refused(tool: dict[str, object], place: str) -> None:
@@ -230,6 +240,47 @@ def test_a_tool_that_cannot_be_honoured_is_refused(tool: dict[str, object], plac
         chat(tools=[tool])
 
     assert refusal.value.param == place
+
+
+NAMED = {"type": "function", "function": {"name": "look"}}
+OFFERED = [{"type": "function", "function": {**LOOK, "strict": True}}]
+
+
+@pytest.mark.parametrize("choice", ["required", NAMED])
+def test_a_call_may_be_demanded_of_a_tool_that_is_there(choice: object) -> None:
+    assert chat(tools=OFFERED, tool_choice=choice).offered_tools == OFFERED
+
+
+def test_a_tool_that_is_named_and_not_there_is_refused() -> None:
+    with pytest.raises(InvalidRequest, match="'look'") as refusal:
+        chat(tools=[{"type": "function", "function": {"name": "go"}}], tool_choice=NAMED)
+
+    assert refusal.value.param == "tool_choice.function.name"
+
+
+JSON_OBJECT = {"response_format": {"type": "json_object"}}
+A_WORD = {"structured_outputs": {"regex": "[a-z]+"}}
+
+
+@pytest.mark.parametrize(
+    ("more", "place"),
+    [
+        ({**JSON_OBJECT, **A_WORD}, "structured_outputs"),
+        ({**JSON_OBJECT, "tools": OFFERED, "tool_choice": "required"}, "response_format"),
+        ({**A_WORD, "tools": OFFERED, "tool_choice": NAMED}, "structured_outputs"),
+    ],
+)
+def test_two_demands_that_leave_each_other_no_room_are_refused(
+    more: dict[str, object], place: str
+) -> None:
+    with pytest.raises(InvalidRequest) as refusal:
+        chat(**more)
+
+    assert refusal.value.param == place
+
+
+def test_a_plain_text_is_no_demand_beside_another() -> None:
+    assert chat(response_format={"type": "text"}, **A_WORD).structured_outputs is not None
 
 
 def test_log_probabilities_are_asked_for_in_two_ways() -> None:

@@ -16,6 +16,8 @@ from cortex.models.checkpoints.checkpoint import ARCHITECTURES, Checkpoint
 from cortex.models.checkpoints.errors import CheckpointError
 from cortex.models.checkpoints.sizes import kv_bytes_per_token
 from cortex.models.checkpoints.tensors import LOADABLE
+from cortex.models.execution import Execution
+from cortex.models.linear import Projection
 from cortex.models.quantization import Matrix
 from cortex.models.weights import activation_dtype, load_model
 from tiny_models import (
@@ -374,3 +376,20 @@ def test_a_model_can_be_moved(directory: Path) -> None:
 
     devices = {part.data.device.type for part in moved.embed_tokens.weight.parts}
     assert devices | {b.device.type for b in moved.buffers()} == {"meta"}
+
+
+def test_products_know_whether_the_batch_may_matter(tmp_path: Path) -> None:
+    saved_llama(tmp_path)
+
+    for is_invariant in (True, False):
+        model = load_model(
+            tmp_path,
+            device=CPU,
+            dtype="auto",
+            on_progress=lambda *_: None,
+            execution=Execution(is_batch_invariant=is_invariant),
+        )
+
+        products = [m for m in model.module.modules() if isinstance(m, Projection)]
+        assert len(products) > 8
+        assert {product.is_batch_invariant for product in products} == {is_invariant}

@@ -9,11 +9,12 @@ from multidict import CIMultiDict
 from structlog.testing import capture_logs
 
 from certificates import Authority
+from cortex.ipc.errors import InvalidRequest
 from cortex.ipc.settings import ConfigError
-from cortex.runtime.access import Access
+from cortex.runtime.access import Access, priority_of
 from cortex.runtime.config import AuthConfig, NeuronConfig, TlsConfig
 from cortex.runtime.route_table import ROUTES
-from fake_node import FakeNode, says, serving
+from fake_node import FakeNode, FakeText, posting, says, serving
 from fakes import until
 
 MODEL = "m"
@@ -120,6 +121,56 @@ async def test_the_log_says_whose_request_it_was(tmp_path: Path) -> None:
 @pytest.mark.parametrize("name", ["", "a b", "x" * 65, "-", "é"])
 async def test_a_name_that_is_no_key_s_id_is_not_taken(name: str) -> None:
     assert "key" not in await logged_of(NeuronConfig(), **{"x-cortex-key": name})
+
+
+@pytest.mark.parametrize("said", ["-10", "0", "3", "10"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/embeddings"])
+async def test_a_priority_is_honoured(path: str, said: str) -> None:
+    node = FakeNode(MODEL)
+    node.models[MODEL].text = FakeText(pooling="last")
+    body = CHAT if "chat" in path else {"model": MODEL, "input": "Hello"}
+
+    async with posting(node, path, body, headers={"x-cortex-priority": said}) as response:
+        assert response.status == 200
+
+    assert node.priorities == ([int(said)] if "chat" in path else [])
+
+
+@pytest.mark.parametrize("said", ["", "11", "-11", "1.0", "high", "1" * 5000, "٣", " 1 2"])
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/embeddings"])
+async def test_a_priority_that_is_none_is_refused_in_words(path: str, said: str) -> None:
+    node = FakeNode(MODEL)
+    node.models[MODEL].text = FakeText(pooling="last")
+    body = CHAT if "chat" in path else {"model": MODEL, "input": "Hello"}
+
+    async with posting(node, path, body, headers={"x-cortex-priority": said}) as response:
+        error = (await response.json())["error"]
+
+    assert (response.status, error["code"], error["param"]) == (
+        400,
+        "invalid_request",
+        "x-cortex-priority",
+    )
+    assert "-10 to 10" in error["message"]
+
+
+async def test_two_priorities_are_none() -> None:
+    headers = CIMultiDict([("x-cortex-priority", "1"), ("x-cortex-priority", "2")])
+
+    with pytest.raises(InvalidRequest):
+        priority_of(headers)
+
+
+async def test_without_a_key_nobody_is_urgent(tmp_path: Path) -> None:
+    node = FakeNode(MODEL)
+    headers = {"x-cortex-priority": "9"}
+
+    async with posting(
+        node, "/v1/chat/completions", CHAT, headers, config=guarded(tmp_path)
+    ) as response:
+        assert response.status == 401
+
+    assert node.priorities == []
 
 
 def test_a_key_file_that_cannot_be_used_names_the_option(tmp_path: Path) -> None:

@@ -5,16 +5,22 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from cortex.runtime.streaming import ClientStalled, EventStream, batches_and_silences
+from cortex.runtime.streaming import KEEP_ALIVE, ClientStalled, EventStream
 
 
 class FakeResponse:
-    """Keeps what is written; takes nothing while ``reading`` is not set."""
+    """Keeps what is written; takes nothing at once while ``reading`` is not set."""
 
     def __init__(self) -> None:
         self.written: list[bytes] = []
         self.reading = asyncio.Event()
         self.reading.set()
+
+    def write_at_once(self, data: bytes) -> bool:
+        """Keep *data* while the client reads."""
+        if self.reading.is_set():
+            self.written.append(data)
+        return self.reading.is_set()
 
     async def write(self, data: bytes) -> None:
         """Keep *data*."""
@@ -58,26 +64,54 @@ async def test_a_slow_client_is_waited_for() -> None:
     assert response.written == [b"x"]
 
 
-async def test_silence_is_noticed_and_nothing_is_lost_by_it() -> None:
+async def test_silence_is_broken_and_nothing_is_lost_by_it() -> None:
     gate = asyncio.Event()
-    seen: list[int | None] = []
+    response = Opening(gate, at=KEEP_ALIVE)
+    stream = EventStream(response, cut=lambda: None, keep_alive_seconds=0.001)
 
-    async for batch in batches_and_silences(Gated([1, gate, 2]), lambda: 0.001):
-        seen.append(batch)
-        if batch is None:
-            gate.set()
+    seen = [batch async for batch in stream.never_silent(Gated([1, gate, 2]))]
 
-    assert [batch for batch in seen if batch is not None] == [1, 2]
-    assert None in seen
+    assert seen == [1, 2]
+    assert KEEP_ALIVE in response.written
 
 
 async def test_batches_that_send_nothing_do_not_put_off_the_next_sign_of_life() -> None:
-    never = asyncio.Event()
-    left = iter([60.0, 60.0, 0.0])  # seconds until one is due, as the batches come
+    gate = asyncio.Event()
+    response = Opening(gate, at=KEEP_ALIVE)
+    stream = EventStream(response, cut=lambda: None, keep_alive_seconds=0.05)
 
-    seen = batches_and_silences(Gated([1, 2, never]), lambda: next(left))
+    async for _ in stream.never_silent(Repeating(gate)):
+        pass
 
-    assert [await anext(seen) for _ in range(3)] == [1, 2, None]
+    assert response.written == [KEEP_ALIVE]
+
+
+class Opening(FakeResponse):
+    """Sets *gate* once *at* is written."""
+
+    def __init__(self, gate: asyncio.Event, at: bytes) -> None:
+        super().__init__()
+        self._gate = gate
+        self._at = at
+
+    def write_at_once(self, data: bytes) -> bool:
+        """Keep *data*."""
+        if data == self._at:
+            self._gate.set()
+        return super().write_at_once(data)
+
+
+class Repeating(AsyncIterator[int]):
+    """Yields at every turn of the loop until *gate* is set."""
+
+    def __init__(self, gate: asyncio.Event) -> None:
+        self._gate = gate
+
+    async def __anext__(self) -> int:
+        await asyncio.sleep(0)
+        if self._gate.is_set():
+            raise StopAsyncIteration
+        return 1
 
 
 class Gated(AsyncIterator[int]):

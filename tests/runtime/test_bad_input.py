@@ -21,7 +21,13 @@ from raw_http import Answer, head, post, wire
 CHAT = "/v1/chat/completions"
 COMPLETIONS = "/v1/completions"
 INFERENCE = (CHAT, COMPLETIONS, "/v1/embeddings", "/tokenize")
-POSTS = (*INFERENCE, "/models/load", "/models/unload", "/devices/0/restart")
+POSTS = (
+    *INFERENCE,
+    "/models/load",
+    "/models/unload",
+    "/models/clear_prefix_cache",
+    "/devices/0/restart",
+)
 ASK = json.dumps({"model": MODEL, "messages": [{"role": "user", "content": "hi"}]}).encode()
 
 

@@ -27,6 +27,7 @@ SHAPES = {
 USUAL: dict[str, dict[str, Any]] = {
     "/models/load": {"model_id": MODEL},
     "/models/unload": {"model_id": MODEL},
+    "/models/clear_prefix_cache": {"model_id": MODEL},
     "/devices/{index}/restart": {},
     "/v1/chat/completions": {"model": MODEL, "messages": [{"role": "user", "content": "hi"}]},
     "/v1/completions": {"model": MODEL, "prompt": "hi"},

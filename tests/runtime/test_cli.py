@@ -11,7 +11,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cortex.ipc.taps import SUPERVISOR, Tap
-from cortex.runtime import cli, serving
+from cortex.runtime import cli, fork_server, serving
 from cortex.runtime.config import DeviceConfig, NeuronConfig
 from cortex.runtime.serving import bind
 
@@ -23,6 +23,7 @@ runner = CliRunner()
 def served(monkeypatch: pytest.MonkeyPatch) -> list[NeuronConfig]:
     """Collect the configurations that ``serve`` would run, instead of running them."""
     configs: list[NeuronConfig] = []
+    monkeypatch.setattr(fork_server, "prepare", lambda: None)
     monkeypatch.setattr(serving, "serve", configs.append)
     monkeypatch.setattr(cli, "configure_logging", lambda *_: None)
     return configs

@@ -20,6 +20,7 @@ from cortex.runtime.routes import SERVICES
 from cortex.runtime.served_model import Limits
 from fake_node import (
     FakeNode,
+    found,
     posting,
     record,
     says,
@@ -560,3 +561,84 @@ async def test_a_body_still_on_its_way_keeps_no_drain_waiting() -> None:
         may_go_on.set()
 
     assert posting.result().status == 503
+
+
+@pytest.mark.parametrize("body", [chat(), text()], ids=["chat", "text"])
+@pytest.mark.parametrize("is_together", [True, False], ids=["one batch", "two"])
+async def test_what_the_prefix_cache_had_is_told_and_is_no_token(
+    body: dict[str, Any], is_together: bool
+) -> None:
+    path = CHAT if "messages" in body else TEXT
+    usual, node = FakeNode("m"), FakeNode("m")
+    first, *rest = says("Paris.")
+    node.script = [[found(5), *first], *rest] if is_together else [[found(5)], first, *rest]
+
+    with capture_logs() as lines:
+        _, whole = await asked(node, path, body)
+        frames = await streamed(
+            node,
+            path,
+            body | {"stream_options": {"include_usage": True}},
+            **{"x-cortex-usage": "1"},
+        )
+        _, without = await asked(usual, path, body)
+
+    usage = without["usage"] | {"prompt_tokens_details": {"cached_tokens": 5}}
+    assert whole["choices"] == without["choices"]
+    assert whole["usage"] == usage
+    assert events(frames)[-1]["usage"] == usage
+    [comment] = [frame for frame in frames if frame.startswith(": usage ")]
+    assert msgspec.json.decode(comment.removeprefix(": usage ")) == usage
+    ends = [line["cached_tokens"] for line in lines if line["event"] == "request finished"]
+    assert ends == [5, 5, 0]
+
+
+async def test_of_several_choices_the_first_ones_cached_tokens_count() -> None:
+    node = FakeNode("m")
+    node.scripts = [[[found(n)], *says("Paris.")] for n in (2, 7)]
+
+    _, whole = await asked(node, CHAT, chat(n=2))
+
+    assert whole["usage"]["prompt_tokens_details"] == {"cached_tokens": 2}
+
+
+@pytest.mark.parametrize("more", [{}, {"logprobs": True, "top_logprobs": 2}])
+async def test_the_time_to_the_first_token_does_not_end_with_the_prompt(
+    more: dict[str, Any],
+) -> None:
+    node, gate = FakeNode("m"), asyncio.Event()
+    node.script = [[found(5)], gate, *says("Paris.")]
+    now = 0.0
+    timing = Timing(clock=lambda: now)
+
+    with capture_logs() as lines:
+        async with asyncio.TaskGroup() as tasks:
+            asking = tasks.create_task(asked(node, CHAT, chat(**more), timing=timing))
+            await node.started.wait()
+            await until(lambda: node.generations[0].is_waiting)
+            now = 3.0
+            gate.set()
+
+    assert asking.result()[0] == 200
+    [line] = [line for line in lines if line["event"] == "request finished"]
+    assert line["first_token_seconds"] == 3.0
+
+
+@pytest.mark.parametrize("body", [chat(), text()], ids=["chat", "text"])
+async def test_the_tokens_of_a_step_are_one_chunk_with_the_same_text(body: dict[str, Any]) -> None:
+    path = CHAT if "messages" in body else TEXT
+    one_by_one, at_once = FakeNode("m"), FakeNode("m")
+    batches = says('A naïve 🦊 "quoted" \\ text.')
+    one_by_one.script, at_once.script = batches, [[r for batch in batches for r in batch]]
+
+    singly = events(await streamed(one_by_one, path, body))
+    together = events(await streamed(at_once, path, body))
+
+    def said(chunks: list[Any]) -> list[str]:
+        choices = [chunk["choices"][0] for chunk in chunks]
+        texts = [c["text"] if "text" in c else c["delta"].get("content") for c in choices]
+        return [piece for piece in texts if piece]
+
+    assert said(together) == ["".join(said(singly))]
+    assert together[-1]["choices"][0]["finish_reason"] == "stop"
+    assert len(said(singly)) > 1

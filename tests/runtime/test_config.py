@@ -6,6 +6,7 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from cortex.ipc.engine_options import EngineOptions
 from cortex.ipc.node_api import LoadRequest, SamplingDefaults
 from cortex.ipc.settings import ConfigError
 from cortex.runtime import config as module
@@ -89,6 +90,7 @@ def test_every_section_is_read(tmp_path: Path) -> None:
         ('[auth]\nkey_file = "keys"', "auth.key_file", 2),
         ('[tls]\nkey_file = "/k"', "tls", 1),
         ("[engines]", "engines", 1),
+        ('[engine]\nattention = "flash"', "engine.attention", 2),
         ("[sources.modelscope]", "sources.modelscope", 1),
     ],
 )
@@ -222,6 +224,28 @@ def names_of(struct: type[msgspec.Struct]) -> set[str]:
         elif field.name != "models":  # shown as a table
             names.add(field.name)
     return names
+
+
+def test_what_the_engines_are_told_is_in_their_section(tmp_path: Path) -> None:
+    text = """
+        [engine]
+        prefix_cache = false
+        speculation = false
+        batch_invariant = true
+        attention = "triton"
+        cuda_graphs = false
+        """
+
+    told = load_config(written(tmp_path, text), {"NEURON_ENGINE__SPECULATION": "true"})
+
+    assert told.engine.options == EngineOptions(
+        batch_invariant=True,
+        attention="triton",
+        cuda_graphs=False,
+        speculation=True,
+        prefix_cache=False,
+    )
+    assert NeuronConfig().engine.options == EngineOptions()
 
 
 @pytest.mark.parametrize(

@@ -21,9 +21,11 @@ from cortex.ipc.messages import (
     Command,
     Embed,
     Embedded,
+    EngineReport,
     Failed,
     Generate,
     LoadProgress,
+    ModelUnloaded,
     Ping,
     Pong,
     SamplingParams,
@@ -95,6 +97,24 @@ async def test_an_answer_after_a_refusal_is_too_late(talk: Talk) -> None:
 
     with pytest.raises(Refused):
         await talk.conversation.ask(Ping)
+
+
+async def test_the_last_report_of_a_model_is_known_until_it_is_unloaded(talk: Talk) -> None:
+    reports = [EngineReport(model, 1, 0, free, 0, 0, 0) for model, free in [("a", 5), ("b", 6)]]
+    newer = EngineReport("a", 0, 0, 9, 0, 0, 0)
+    for report in (*reports, newer):
+        talk.conversation.hear(report)
+    assert talk.conversation.reports == {"a": newer, "b": reports[1]}
+
+    talk.conversation.hear(ModelUnloaded(1, "a"))
+
+    assert talk.conversation.reports == {"b": reports[1]}
+
+
+async def test_a_generation_says_how_urgent_it_is(talk: Talk) -> None:
+    talk.conversation.generate("m", [1], GREEDY, priority=3)
+
+    assert talk.sent == [Generate(1, 1, "m", [1], GREEDY, priority=3)]
 
 
 async def test_progress_reaches_the_one_who_asked(talk: Talk) -> None:

@@ -11,6 +11,7 @@ import pytest
 import zmq.asyncio
 
 from cortex.ipc.channel import DeviceEnd
+from cortex.ipc.engine_options import EngineOptions
 from cortex.ipc.errors import NodeFailed
 from cortex.ipc.heartbeat import Activity, HeartbeatWriter
 from cortex.ipc.messages import (
@@ -34,6 +35,7 @@ from cortex.runtime.hang_watch import Deadlines, HangWatch
 from supervisor_fakes import eventually, hello, records
 
 SPEC = DeviceSpec(0, "cpu:0", 2**30, 1)
+OPTIONS = EngineOptions(speculation=False)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, seed=1)
 
 
@@ -120,6 +122,7 @@ async def wired(deadlines: Deadlines, hello_timeout_seconds: float = 0.2) -> Asy
         context=context,
         tap=Tap(None, "supervisor"),
         deadlines=deadlines,
+        options=OPTIONS,
         hello_timeout_seconds=hello_timeout_seconds,
     )
     async with asyncio.TaskGroup() as tasks:
@@ -144,6 +147,7 @@ async def test_it_forks_with_everything_a_device_process_needs(wire: Wire) -> No
         "device_name": "cpu:0",
         "memory_bytes": 2**30,
         "threads": 1,
+        "options": OPTIONS,
         "tap_directory": None,
         "log_level": "info",
         "test_faults": "",

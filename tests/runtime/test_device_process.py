@@ -5,8 +5,16 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from cortex.ipc.errors import NodeFailed, PeerGone, Recovering, ShuttingDown
-from cortex.ipc.messages import Generate, Ping, Pong, SamplingParams, Shutdown
+from cortex.ipc.errors import ModelNotFound, NodeFailed, PeerGone, Recovering, ShuttingDown
+from cortex.ipc.messages import (
+    ClearPrefixCache,
+    EngineReport,
+    Generate,
+    Ping,
+    Pong,
+    SamplingParams,
+    Shutdown,
+)
 from cortex.runtime.config import DeviceSpec
 from cortex.runtime.device_process import DeviceProcess
 from cortex.runtime.device_state import FAILURE_WINDOW_SECONDS, State
@@ -71,6 +79,50 @@ async def test_it_is_ready_after_hello(bench: Bench, device: DeviceProcess) -> N
 
 async def test_a_question_is_answered(device: DeviceProcess) -> None:
     assert isinstance(await device.ask(Ping, timeout_seconds=5), Pong)
+
+
+async def test_a_prefix_cache_is_cleared(bench: Bench, device: DeviceProcess) -> None:
+    assert await device.clear_prefix_cache("m") == 7
+    assert bench.lives.now().received == [ClearPrefixCache(1, "m")]
+
+
+async def test_a_cache_that_the_device_does_not_know_is_no_fault_of_the_device(
+    bench: Bench, device: DeviceProcess
+) -> None:
+    bench.lives.silent_on = {ClearPrefixCache}
+    clearing = asyncio.ensure_future(device.clear_prefix_cache("m"))
+    await eventually(lambda: bench.lives.now().received, "the command")
+
+    command = bench.lives.now().last(ClearPrefixCache)
+    bench.lives.now().refuses(command, "model_not_loaded", "m is not loaded on this device")
+
+    with pytest.raises(ModelNotFound, match="not loaded"):
+        await clearing
+
+
+async def test_a_device_that_dies_before_it_clears_has_failed(
+    bench: Bench, device: DeviceProcess
+) -> None:
+    bench.lives.silent_on = {ClearPrefixCache}
+    clearing = asyncio.ensure_future(device.clear_prefix_cache("m"))
+    await eventually(lambda: bench.lives.now().received, "the command")
+
+    bench.lives.now().dies()
+
+    with pytest.raises(NodeFailed, match="SIGKILL"):
+        await clearing
+
+
+async def test_what_a_life_said_of_its_models_dies_with_it(
+    bench: Bench, device: DeviceProcess
+) -> None:
+    report = EngineReport("m", 1, 0, 64, 0, 0, 0)
+    bench.lives.now().says(report)
+    assert device.report_of("m") == report
+
+    await bench.dies()
+
+    assert device.report_of("m") is None
 
 
 async def test_a_device_that_dies_comes_back_with_another_process(

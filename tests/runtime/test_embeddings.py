@@ -147,6 +147,18 @@ async def test_an_input_over_the_context_is_named_before_anything_is_computed() 
     assert node.embedded == []
 
 
+async def test_an_input_that_can_never_fit_the_memory_is_413_with_the_numbers() -> None:
+    node = node_of()
+    node.models["m"].limits = Limits(512, 8, 64)
+
+    status, body = await asked(node, [[1] * 64, [1] * 65])
+
+    assert (status, body["error"]["code"]) == (413, "prompt_too_long_for_memory")
+    assert (body["error"]["prompt_tokens"], body["error"]["cache_tokens"]) == (65, 64)
+    assert body["error"]["param"] == "input[1]"
+    assert node.embedded == []
+
+
 async def test_a_model_that_does_not_say_how_makes_no_vectors() -> None:
     status, body = await asked(node_of(None), "a")
 

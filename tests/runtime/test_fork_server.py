@@ -18,6 +18,7 @@ import zmq.asyncio
 
 import supervised_child
 from cortex.ipc.channel import private_address
+from cortex.ipc.engine_options import EngineOptions
 from cortex.ipc.errors import NodeFailed
 from cortex.ipc.heartbeat import HeartbeatPage
 from cortex.ipc.messages import Ping, Pong
@@ -121,6 +122,7 @@ def unheard() -> Iterator[dict[str, object]]:
         "tap_directory": None,
         "log_level": "info",
         "test_faults": "",
+        "options": EngineOptions(),
     }
     ring.close()
     heartbeat.close()

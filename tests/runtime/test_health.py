@@ -9,6 +9,7 @@ import pytest
 from structlog.testing import capture_logs
 
 from cortex.ipc.errors import Unloadable
+from cortex.ipc.messages import EngineReport
 from cortex.ipc.node_api import LoadRequest
 from cortex.runtime.activation import Activation
 from cortex.runtime.config import AdmissionConfig, DeviceSpec
@@ -99,13 +100,44 @@ def test_a_model_shows_its_seats_and_its_memory() -> None:
 
 def test_running_requests_take_from_the_available_cache() -> None:
     node = FakeNode("m")
-    traffics = Traffics(AdmissionConfig())
+    of = report(node)
+    node.models["m"].engine = EngineReport("m", 3, 2, 512, 4, 10, 9)
+
+    [load] = of.health().models
+
+    assert (load.kv_budget_mb, load.kv_available_mb) == (40, 20)
+    assert (load.kv_total_tokens, load.kv_free_tokens) == (1024, 512)
+    assert (load.running, load.waiting, load.preemptions) == (3, 2, 4)
+    assert (load.drafted_tokens, load.accepted_tokens) == (10, 9)
+
+
+@pytest.mark.parametrize(("configured", "seats"), [(3, 3), (32, 8)])
+def test_there_are_as_many_seats_as_the_device_computes_sequences(
+    configured: int, seats: int
+) -> None:
+    traffics = Traffics(AdmissionConfig(max_in_flight=configured))
+
+    load = report(FakeNode("m"), traffics=traffics).health().models[0]
+
+    assert load.max_in_flight == seats
+
+
+async def test_a_full_model_is_not_servable_and_says_so_with_numbers() -> None:
+    node = FakeNode("m", "other")
+    traffics = Traffics(AdmissionConfig(max_in_flight=1, max_queue_depth=0))
     of = report(node, traffics=traffics)
 
-    with traffics.of(node.models["m"]).holding(256) as held:
-        held.add(256)
-        assert of.health().models[0].kv_available_mb == 20
-    assert of.health().models[0].kv_available_mb == 40
+    async with traffics.of(node.models["m"]).admission.seat():
+        servable = of.models()[0].servable
+        other = of.models()[1].servable
+
+    assert (servable.ok, servable.reason) == (False, "overloaded")
+    assert servable.detail == (
+        "1 of 1 seats are taken, 0 of 0 places in the queue; "
+        "1024 of 1024 tokens of KV cache are free"
+    )
+    assert other.ok
+    assert of.models()[0].servable.ok
 
 
 def test_a_model_without_numbers_yet_has_no_cache() -> None:

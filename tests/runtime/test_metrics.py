@@ -24,6 +24,7 @@ def one_request(metrics: Metrics, **more: object) -> None:
     fields: dict[str, object] = {
         "status": 200,
         "prompt_tokens": 10,
+        "cached_tokens": 6,
         "completion_tokens": 5,
         "first_token_seconds": 0.2,
         "duration_seconds": 1.0,
@@ -43,6 +44,8 @@ def test_a_request_is_counted_in_tokens_and_seconds() -> None:
     values = rendered()
 
     assert values["vllm:prompt_tokens_total", "m"] == 10
+    assert values["vllm:prefix_cache_queries_total", "m"] == 10
+    assert values["vllm:prefix_cache_hits_total", "m"] == 6
     assert values["vllm:generation_tokens_total", "m"] == 5
     assert values["vllm:time_to_first_token_seconds_sum", "m"] == 0.2
     assert values["vllm:e2e_request_latency_seconds_sum", "m"] == 1.0
@@ -79,7 +82,20 @@ def test_states_are_read_when_asked() -> None:
                 foreign_mb=7,
             )
         ],
-        models=[ModelLoad("m", in_flight=2, queue_depth=1, kv_budget_mb=40, kv_available_mb=10)],
+        models=[
+            ModelLoad(
+                "m",
+                in_flight=2,
+                queue_depth=1,
+                kv_total_tokens=1000,
+                kv_free_tokens=250,
+                running=3,
+                waiting=4,
+                preemptions=5,
+                drafted_tokens=7,
+                accepted_tokens=6,
+            )
+        ],
     )
 
     values = rendered(health)
@@ -87,6 +103,11 @@ def test_states_are_read_when_asked() -> None:
     assert values["vllm:num_requests_running", "m"] == 2
     assert values["vllm:num_requests_waiting", "m"] == 1
     assert values["vllm:kv_cache_usage_perc", "m"] == 0.75
+    assert values["vllm:num_preemptions_total", "m"] == 5
+    assert values["vllm:spec_decode_num_draft_tokens_total", "m"] == 7
+    assert values["vllm:spec_decode_num_accepted_tokens_total", "m"] == 6
+    assert values["neuron:sequences_running", "m"] == 3
+    assert values["neuron:sequences_waiting", "m"] == 4
     assert values["neuron:device_ready", "cpu:0"] == 1
     assert values["neuron:device_restarts_total", "cpu:0"] == 2
     assert values["neuron:device_memory_foreign_bytes", "cpu:0"] == 7 * 2**20

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 
-from cortex.runtime.parameter_values import takes_only_text, written_value
+from cortex.runtime.parameter_values import resolved, takes_only_text, written_value
 
 
 @pytest.mark.parametrize(
@@ -56,3 +56,35 @@ def test_a_schema_of_strings_takes_only_text(schema: Any) -> None:
 @pytest.mark.parametrize("schema", [None, {}, {"type": "integer"}, {"type": ["string", "null"]}])
 def test_any_other_schema_takes_more(schema: Any) -> None:
     assert not takes_only_text(schema)
+
+
+DEFINITIONS: dict[str, Any] = {
+    "$defs": {
+        "Name": {"type": "string", "title": "Name"},
+        "Other": {"$ref": "#/$defs/Name"},
+        "Self": {"$ref": "#/$defs/Self"},
+        "Odd": 7,
+    }
+}
+
+
+@pytest.mark.parametrize(
+    ("schema", "meant"),
+    [
+        ({"$ref": "#/$defs/Name"}, {"type": "string", "title": "Name"}),
+        ({"$ref": "#/$defs/Other", "title": "T"}, {"type": "string", "title": "T"}),
+        (
+            {"anyOf": [{"$ref": "#/$defs/Name"}, {"type": "null"}]},
+            {"anyOf": [{"type": "string", "title": "Name"}, {"type": "null"}]},
+        ),
+        ({"$ref": "#/$defs/Self"}, {"$ref": "#/$defs/Self"}),
+        ({"$ref": "#/$defs/Nobody"}, {"$ref": "#/$defs/Nobody"}),
+        ({"$ref": "#/$defs/Odd"}, {"$ref": "#/$defs/Odd"}),
+        ({"$ref": "#/$defs/Name/type/x"}, {"$ref": "#/$defs/Name/type/x"}),
+        ({"$ref": "https://example.com"}, {"$ref": "https://example.com"}),
+        ({"$ref": 7}, {"$ref": 7}),
+        (True, True),
+    ],
+)
+def test_a_schema_says_itself_what_its_references_say(schema: Any, meant: Any) -> None:
+    assert resolved(schema, DEFINITIONS) == meant

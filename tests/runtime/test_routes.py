@@ -13,10 +13,11 @@ from structlog.testing import capture_logs
 
 from cortex.ipc.errors import Conflict, LoadedDifferently, Unloadable
 from cortex.ipc.messages import Hello
-from cortex.ipc.node_api import LoadRequest
+from cortex.ipc.node_api import LoadRequest, ModelStatus
 from cortex.runtime.chat import Chat, ChatOptions
 from cortex.runtime.chat_template import ChatTemplate
-from fake_node import CHATML, FakeModel, FakeNode, serving, tiny_text
+from cortex.runtime.config import AdmissionConfig, CacheConfig, NeuronConfig
+from fake_node import CHATML, FakeModel, FakeNode, says, serving, tiny_text
 from tiny_text import TINY_LLAMA, metadata_of, trained, write_gguf
 
 MODEL = "smollm2-135m-instruct"
@@ -250,6 +251,94 @@ async def test_unloading_what_is_not_there_is_404() -> None:
     status, _ = await posted(FakeNode(), "/models/unload", {"model_id": "a"})
 
     assert status == 404
+
+
+async def test_a_cleared_prefix_cache_says_what_was_forgotten() -> None:
+    node = FakeNode("a")
+    node.cached_blocks = 12
+
+    answers = [
+        await posted(node, "/models/clear_prefix_cache", {"model_id": "a"}) for _ in range(2)
+    ]
+
+    assert answers == [
+        (200, {"status": "cleared", "blocks": 12}),
+        (200, {"status": "cleared", "blocks": 0}),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("state", "status"), [("loading", 503), ("recovering", 503), ("unloading", 404), (None, 404)]
+)
+async def test_only_what_is_loaded_has_a_prefix_cache(
+    state: ModelStatus | None, status: int
+) -> None:
+    node = FakeNode("a") if state else FakeNode()
+    if state:
+        node.models["a"].status = state
+
+    answer, _ = await posted(node, "/models/clear_prefix_cache", {"model_id": "a"})
+
+    assert answer == status
+
+
+async def test_a_full_model_refuses_with_the_numbers() -> None:
+    node, gate = FakeNode(MODEL), asyncio.Event()
+    node.script = [gate, *says("Paris.")]
+    config = NeuronConfig(
+        admission=AdmissionConfig(max_in_flight=1, max_queue_depth=0),
+        cache=CacheConfig("/nonexistent"),
+    )
+    body = {"model": MODEL, "prompt": "Hello"}
+
+    async with serving(node, config=config) as client, asyncio.TaskGroup() as tasks:
+        first = tasks.create_task(client.post("/v1/completions", json=body))
+        await node.started.wait()
+        async with client.post("/v1/completions", json=body) as response:
+            error = (await response.json())["error"]
+        async with client.get("/models") as models:
+            [shown] = await models.json()
+        gate.set()
+        (await first).release()
+
+    assert (response.status, response.headers["Retry-After"]) == (503, "1")
+    assert {name: error[name] for name in ("code", "seats_taken", "seats", "queue_depth")} == {
+        "code": "overloaded",
+        "seats_taken": 1,
+        "seats": 1,
+        "queue_depth": 0,
+    }
+    assert (error["kv_free_tokens"], error["kv_total_tokens"]) == (1024, 1024)
+    assert shown["servable"]["reason"] == "overloaded"
+
+
+async def test_the_more_urgent_of_those_who_wait_is_served_first() -> None:
+    node, gate = FakeNode(MODEL), asyncio.Event()
+    node.scripts = [[gate, *says("Paris.")]]
+    config = NeuronConfig(
+        admission=AdmissionConfig(max_in_flight=1), cache=CacheConfig("/nonexistent")
+    )
+
+    async def ask(client: Any, priority: int) -> None:
+        headers = {"x-cortex-priority": str(priority)}
+        body = {"model": MODEL, "prompt": "Hello"}
+        async with client.post("/v1/completions", json=body, headers=headers) as response:
+            assert response.status == 200
+
+    async def waiting(client: Any) -> int:
+        async with client.get("/health") as response:
+            return int((await response.json())["models"][0]["queue_depth"])
+
+    async with serving(node, config=config) as client, asyncio.TaskGroup() as tasks:
+        tasks.create_task(ask(client, 0))
+        await node.started.wait()
+        for depth, priority in enumerate((-1, 0, 2), 1):
+            tasks.create_task(ask(client, priority))
+            while await waiting(client) < depth:
+                pass
+        gate.set()
+
+    assert node.priorities == [0, 2, 0, -1]
 
 
 async def test_a_device_is_restarted_with_or_without_a_body() -> None:

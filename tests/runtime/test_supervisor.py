@@ -13,7 +13,7 @@ from cortex.ipc.errors import (
     ShuttingDown,
     Unloadable,
 )
-from cortex.ipc.messages import Cancel, Embed, Generate
+from cortex.ipc.messages import Cancel, Embed, EngineReport, Generate
 from cortex.ipc.node_api import LoadRequest
 from cortex.ipc.ring import Flag
 from cortex.runtime.model_state import State
@@ -234,3 +234,38 @@ async def test_an_exception_nobody_expected_ends_the_supervisor_and_is_not_lost(
             await asyncio.sleep(30)
 
     assert neuron.files.is_closed
+
+
+async def test_a_prefix_cache_is_cleared_of_what_is_loaded_only(neuron: Neuron) -> None:
+    with pytest.raises(ModelNotFound):
+        await neuron.supervisor.clear_prefix_cache(A)
+
+    await neuron.loads(A)
+
+    assert await neuron.supervisor.clear_prefix_cache(A) == 7
+
+
+async def test_nothing_is_cleared_while_it_drains(neuron: Neuron) -> None:
+    await neuron.loads(A)
+    await neuron.supervisor.drain(0.0)
+
+    with pytest.raises(ShuttingDown):
+        await neuron.supervisor.clear_prefix_cache(A)
+
+
+async def test_a_generation_travels_with_its_priority(neuron: Neuron) -> None:
+    await neuron.loads(A)
+
+    neuron.supervisor.generate(A, [1], GREEDY, priority=4)
+
+    assert neuron.lives.now().last(Generate) == Generate(2, 2, A, [1], GREEDY, priority=4)
+
+
+async def test_a_model_knows_what_its_device_said_of_its_engine(neuron: Neuron) -> None:
+    await neuron.loads(A)
+    assert neuron.supervisor.models[A].engine is None
+
+    report = EngineReport(A, 1, 0, 64, 0, 0, 0)
+    neuron.lives.now().says(report)
+
+    assert neuron.supervisor.models[A].engine == report

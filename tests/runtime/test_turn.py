@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from cortex.ipc.errors import MalformedToolCall, NodeFailed
 from cortex.ipc.openai import ChatCompletionRequest, CompletionRequest, decode_request
 from cortex.ipc.ring import Flag, TokenRecord
+from cortex.runtime.completions import Chunk
 from cortex.runtime.config import AdmissionConfig
 from cortex.runtime.conversation import ChatPrompt
 from cortex.runtime.pieces import PlainReader, Reader
@@ -19,9 +20,9 @@ from cortex.runtime.reasoning import ReasoningReader
 from cortex.runtime.request_record import RequestRecord
 from cortex.runtime.tool_calls import ToolCallReader
 from cortex.runtime.tool_formats import FORMATS as TOOLS
-from cortex.runtime.traffic import TokensHeld, Traffics
+from cortex.runtime.traffic import Traffics
 from cortex.runtime.turn import Asked, Turn, answers_of
-from fake_node import FakeNode, tiny_text
+from fake_node import FakeNode, found, tiny_text
 
 OFFERED: dict[str, Any] = {"look": {"type": "object"}, "go": {"type": "object"}}
 FRAGMENTS = [
@@ -77,9 +78,8 @@ class Asking:
     def whole(self, batches: list[list[TokenRecord]]) -> dict[str, Any]:
         """Return the choice, and the usage, of an answer that does not stream."""
         turn = self.turn()
-        with self.traffic.holding(1) as held:
-            for batch in batches:
-                turn.gather(0, batch, held)
+        for batch in batches:
+            turn.gather(0, batch)
         body = plain(turn.whole())
         [choice] = body["choices"]
         if not any((choice["logprobs"] or {}).values()):
@@ -90,23 +90,22 @@ class Asking:
         """Return the same, put together from a stream."""
         turn = self.turn()
         choice: dict[str, Any] = {"index": 0, "text": "", "message": empty_message()}
-        with self.traffic.holding(1) as held:
-            for chunk in self._chunks(turn, batches, held):
-                add(choice, chunk["choices"][0])
+        for chunk in self._chunks(turn, batches):
+            add(choice, chunk["choices"][0])
         if not choice["message"].get("tool_calls"):
             choice["message"]["content"] = choice["message"]["content"] or ""
         del choice["message" if "text" in plain(turn.objects.opening(0))["choices"][0] else "text"]
         return {"logprobs": None, **choice, "usage": plain(turn.usage)}
 
-    def _chunks(self, turn: Turn, batches: list[list[TokenRecord]], held: TokensHeld) -> Any:
+    def _chunks(self, turn: Turn, batches: list[list[TokenRecord]]) -> Any:
         for batch in batches:
-            yield from map(plain, turn.chunks(0, batch, held))
+            yield from map(plain, turn.chunks(0, batch))
         turn.refuse_unfinished()
 
 
-def plain(struct: msgspec.Struct) -> dict[str, Any]:
-    """Return *struct* as a client reads it."""
-    body: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(struct))
+def plain(said: Chunk) -> dict[str, Any]:
+    """Return it as a client reads it."""
+    body: dict[str, Any] = msgspec.json.decode(msgspec.json.encode(said))
     return body
 
 
@@ -237,14 +236,23 @@ def test_an_answer_that_just_stops_is_none() -> None:
         asking.streamed([records])
 
 
-def test_what_is_held_in_the_cache_is_counted() -> None:
+def test_the_tokens_of_an_answer_are_counted() -> None:
     asking = Asking(request(is_chat=True))
     records = records_of("Hello there", Flag.STOP)
     turn = asking.turn()
 
-    with asking.traffic.holding(1) as held:
-        turn.gather(0, records, held)
-        assert asking.traffic.load().kv_available_mb < asking.traffic.load().kv_budget_mb
+    turn.gather(0, records)
 
     tokens = sum(bool(record.flags & Flag.TOKEN) for record in records)
     assert turn.record.completion_tokens == tokens
+
+
+def test_what_the_prefix_cache_had_was_not_computed() -> None:
+    asking = Asking(request(is_chat=True))
+    turn = asking.turn()  # its clock ticks once each time it is read
+    turn.record.prompt_tokens = 100
+
+    turn.gather(0, [found(90), *records_of("Hello", Flag.STOP)])
+
+    assert turn.record.cached_tokens == 90
+    assert asking.traffic.rates.prefill == 10.0

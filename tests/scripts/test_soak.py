@@ -11,11 +11,13 @@ from typing import Any
 
 import pytest
 import soak
+import soak_ends
 import soak_requests
 from answers import Address
 from processes import Holdings
-from soak import Findings, Sample, growth, judge_growth, killing_rounds
-from soak_requests import End, Request, draw, send
+from soak import Findings, Sample, growth, judge_growth, judge_lives, killing_rounds
+from soak_ends import End, send
+from soak_requests import Request, draw
 
 from scripted_server import ScriptedServer
 
@@ -123,7 +125,7 @@ def test_a_connection_that_breaks_is_a_violation() -> None:
 
 
 def test_an_answer_that_does_not_come_is_a_violation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(soak_requests, "SILENCE_SECONDS", 0.01)
+    monkeypatch.setattr(soak_ends, "SILENCE_SECONDS", 0.01)
     with socket.create_server(("127.0.0.1", 0)) as silent:
         end = send(Address("127.0.0.1", silent.getsockname()[1]), ASKED)
 
@@ -158,6 +160,16 @@ def test_a_process_that_was_killed_is_judged_by_its_newest_life() -> None:
     judge_growth(findings, 1.0)
 
     assert findings.violations == []
+
+
+@pytest.mark.parametrize(("kills", "violations"), [(0, 1), (1, 0)])
+def test_a_process_that_dies_by_itself_is_a_violation(kills: int, violations: int) -> None:
+    lives = [Sample(pid, Holdings(9, 9, 1)) for pid in (1, 1, 2)]
+    findings = Findings(samples={"neuron cpu:0": lives}, kills=kills)
+
+    judge_lives(findings)
+
+    assert len(findings.violations) == violations
 
 
 def test_no_device_is_killed_more_often_than_it_may_fall() -> None:

@@ -276,3 +276,38 @@ def test_opening_leaves_no_file_open(written: Path) -> None:
     GGUFFile.open(written)
 
     assert {fd for fd in Path("/proc/self/fd").iterdir() if fd.exists()} <= before
+
+
+@pytest.mark.parametrize("block_bytes", [1, 7, 64, 1 << 20])
+def test_strings_that_lie_across_two_reads_are_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block_bytes: int
+) -> None:
+    monkeypatch.setattr("cortex.models.checkpoints.gguf.BLOCK_BYTES", block_bytes)
+    words = ["", "a", "größer", "x" * 100, "日本", ""] * 5
+
+    file = read(tmp_path, header([an_array(8, len(words), b"".join(map(string, words)))]))
+
+    assert file.metadata["a"] == words
+
+
+def test_a_string_of_an_array_that_is_not_utf8_is_refused(tmp_path: Path) -> None:
+    words = [string("good"), string(b"\xff\xfe"), string("good")]
+
+    with pytest.raises(CheckpointError, match=r"metadata 'a' is not UTF-8"):
+        read(tmp_path, header([an_array(8, 3, b"".join(words))]))
+
+
+def test_a_string_of_an_array_that_claims_to_be_huge_is_refused(tmp_path: Path) -> None:
+    words = [string("good"), struct.pack("<Q", 2**63), string("good")]
+
+    with pytest.raises(CheckpointError, match="claims to be 9223372036854775808 bytes long"):
+        read(tmp_path, header([an_array(8, 3, b"".join(words))]))
+
+
+def test_the_limit_of_a_header_holds_within_an_array_of_strings(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("cortex.models.checkpoints.gguf.MAX_HEADER_BYTES", 500)
+
+    with pytest.raises(CheckpointError, match="larger than the 500 bytes"):
+        read(tmp_path, header([an_array(8, 100, string("word") * 100)]))

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import logging
-import platform
 import resource
 import threading
 from collections.abc import Iterator
@@ -19,13 +17,6 @@ from torch import Tensor
 from cortex.models.batch import Batch, KVCache
 from cortex.models.kernels import compiler, cpu, ops, reference
 from cortex.models.quantization import DENSE, STORED, Part, row_bytes
-
-
-@pytest.fixture
-def kernels() -> cpu.CpuKernels:
-    found = cpu.kernels()
-    assert found is not None, "the tests need a C compiler"
-    return found
 
 
 def random_part(kind: str, rows: int, columns: int) -> Part:
@@ -503,23 +494,6 @@ def test_without_kernels_one_warning_says_what_is_lost(
     assert "no C compiler is installed" in record.message
 
 
-@pytest.fixture(scope="module")
-def other_kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, cpu.CpuKernels]:
-    """The same source for older CPUs of this kind."""
-    compiled = {}
-    for name, flags in OLDER.get(platform.machine(), {}).items():
-        path = tmp_path_factory.mktemp("kernels") / f"{name}.so"
-        kept = [flag for flag in compiler.FLAGS if flag not in {compiler.NATIVE, "-O3"}]
-        compiler._run("cc", *kept, "-O1", *flags, "-o", str(path), str(compiler.SOURCE), "-lm")
-        compiled[name] = cpu.CpuKernels(ctypes.CDLL(str(path)))
-    return compiled
-
-
-OLDER = {
-    "x86_64": {"avx2": ["-mavx2", "-mfma", "-mf16c"], "avx2 without fma": ["-mavx2"], "plain": []}
-}
-
-
 @pytest.mark.parametrize("kind", QUANTISED)
 def test_older_cpus_compute_the_same(
     kernels: cpu.CpuKernels, other_kernels: dict[str, cpu.CpuKernels], kind: str
@@ -533,6 +507,38 @@ def test_older_cpus_compute_the_same(
         # without fused multiply-adds each block of a sum is rounded twice
         tolerance = 0.0 if name == "avx2" else 1e-5
         torch.testing.assert_close(found, expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("kind", cpu.KINDS)
+def test_older_cpus_read_and_multiply_with_every_format(
+    other_kernels: dict[str, cpu.CpuKernels], kind: str
+) -> None:
+    part, ids, x = random_part(kind, 37, 96), torch.tensor([36, 0, 15, 16]), torch.randn(9, 96)
+    exact = x.double() @ reference.rows(part, torch.arange(37)).double().T
+    size = x.double().abs() @ reference.rows(part, torch.arange(37)).double().abs().T
+
+    for other in other_kernels.values():
+        forms = [part] if kind in DENSE else [part, other.tile(part)]
+        for form in forms:
+            assert torch.equal(other.rows(form, ids), reference.rows(part, ids))
+            tolerance = 5e-5 if form.is_tiled else 1e-6
+            assert ((other.linear(x, [form]) - exact).abs() <= tolerance * size).all()
+
+
+def test_older_cpus_do_the_small_operations(
+    kernels: cpu.CpuKernels, other_kernels: dict[str, cpu.CpuKernels]
+) -> None:
+    x, weight, positions = torch.randn(20, 40), torch.randn(40), torch.arange(20) * 400
+    frequencies = 1.0 / 10000.0 ** (torch.arange(0, 10, 2) / 10)
+
+    def everything(of: cpu.CpuKernels) -> list[Tensor]:
+        turned = of.rotate(x.view(20, 4, 10), *of.rotation(positions, frequencies))
+        normed = of.rms_norm(x, weight, 1e-5)
+        return [of.add(x, normed), of.silu_multiply(x * 9), of.add_bias(x + 0, weight), turned]
+
+    for other in other_kernels.values():
+        for found, expected in zip(everything(other), everything(kernels), strict=True):
+            torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.float32], ids=str)

@@ -15,7 +15,9 @@ from cortex.ipc.errors import ProtocolError
 from cortex.ipc.heartbeat import Activity
 from cortex.ipc.messages import (
     Bye,
+    CacheCleared,
     Cancel,
+    ClearPrefixCache,
     Embedded,
     Failed,
     Footprint,
@@ -205,6 +207,17 @@ def test_what_each_model_holds_is_reported(serving: DeviceBench) -> None:
     assert report.free_bytes == 2**24 - report.models["m"].total_bytes
 
 
+def test_clearing_the_prefix_cache_of_a_model_says_how_many_blocks_it_had(
+    serving: DeviceBench,
+) -> None:
+    serving.generate(1, [5] * 40, greedy(4))
+    serving.run_until_ended(1)
+
+    assert serving.ask(ClearPrefixCache(900, "m")) == CacheCleared(900, "m", 2)
+    assert serving.ask(ClearPrefixCache(901, "m")) == CacheCleared(901, "m", 0)
+    assert code_of(serving.ask(ClearPrefixCache(902, "other"))) == "model_not_loaded"
+
+
 def test_loading_what_is_loaded_is_refused(serving: DeviceBench) -> None:
     assert code_of(serving.load("m")) == "already_loaded"
 
@@ -358,6 +371,7 @@ def test_a_full_ring_between_a_token_and_its_likeliest_loses_and_mixes_nothing(
 
     for number in range(1, 4):
         of_it = [record for record in bench.records if record.sequence_id == number]
+        assert of_it.pop(0).flags == Flag.PROMPT
         assert [record.spare for record in of_it] == [*range(1, 21), 0] * 4
         assert [bool(record.flags & Flag.TOP) for record in of_it] == ([True] * 20 + [False]) * 4
         assert bench.tokens(number) == answer([number], 4)

@@ -13,6 +13,7 @@ from cortex.ipc.messages import ReasoningBudget, SamplingParams
 from cortex.ipc.ring import Flag
 from cortex.runtime.device.reasoning_block import ReasoningBlock
 from cortex.runtime.device.row import Row
+from cortex.runtime.device.token_counts import TokenCounts
 from engine_fakes import UNHEALTHY_TOKEN, VOCABULARY, answer, next_token
 from engine_run import Run, is_same
 
@@ -62,8 +63,10 @@ def plainly(prompt: list[int], asked: SamplingParams) -> list[int]:
             for token in known[len(prompt) :]:
                 block.add(token)
             forced = block.forced
-        row = Row(asked, len(known), known, len(prompt), forced)
-        known.append(plain_sampling.chosen(model_logits(known), row))
+        row = Row(asked, len(known), TokenCounts.of(known, len(prompt)), forced)
+        chosen = plain_sampling.chosen(model_logits(known), row)
+        assert chosen is not None, "no row has a mask"
+        known.append(chosen)
     return known[len(prompt) :]
 
 

@@ -6,12 +6,14 @@ from collections.abc import Iterator
 import pytest
 import torch
 
-from cortex.ipc.messages import Failed, LoadModel, LoadProgress, ModelLoaded
+from cortex.ipc.engine_options import EngineOptions
+from cortex.ipc.messages import Failed, Generate, LoadModel, LoadProgress, ModelLoaded
 from cortex.models.checkpoints.errors import CheckpointError
+from cortex.models.kernels.cuda_attention import Unavailable
 from cortex.runtime.device.loader import Loaded, Loader, LoadFailed, Outcome
 from cortex.runtime.device.memory import DeviceMemory
 from cortex.runtime.device.refusal import DeviceLost
-from engine_fakes import FakeLoad, FakeModel
+from engine_fakes import FakeLoad, FakeModel, greedy
 
 CPU = torch.device("cpu")
 
@@ -99,6 +101,19 @@ def test_progress_comes_at_most_ten_times_a_second(load: FakeLoad, memory: Devic
     loader.close()
 
 
+def test_engines_compute_as_the_options_say(load: FakeLoad, memory: DeviceMemory) -> None:
+    loader = Loader(load, CPU, memory, token_budget=512, options=EngineOptions(prefix_cache=False))
+
+    loaded = outcome(loader, LoadModel(1, "m", "/m"))
+
+    assert isinstance(loaded, Loaded)
+    for number in range(2):
+        loaded.engine.start(Generate(number, number, "m", [1] * 40, greedy(1)))
+        loaded.engine.step()
+    assert loaded.engine.pool.cached == 0
+    loader.close()
+
+
 def test_weights_beyond_what_is_free_are_refused_before_they_are_read(
     load: FakeLoad, loader: Loader
 ) -> None:
@@ -125,6 +140,7 @@ def test_a_model_without_room_for_a_context_is_refused_and_holds_nothing(
         (CheckpointError("/m: no tensors"), "bad_checkpoint", "/m: no tensors"),
         (OSError(5, "Input/output error"), "load_failed", "Input/output error"),
         (KeyError("secret"), "load_failed", "loading m failed: KeyError"),
+        (Unavailable("no flash-attn here"), "attention_unavailable", "no flash-attn here"),
         (torch.OutOfMemoryError("of 9 GB"), "insufficient_memory", "of 9 GB"),
     ],
 )

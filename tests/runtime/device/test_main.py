@@ -15,6 +15,7 @@ import zmq
 import zmq.asyncio
 
 from cortex.ipc.channel import SupervisorEnd
+from cortex.ipc.engine_options import EngineOptions
 from cortex.ipc.heartbeat import HeartbeatPage
 from cortex.ipc.messages import (
     PROTOCOL_VERSION,
@@ -22,6 +23,7 @@ from cortex.ipc.messages import (
     Command,
     Embed,
     Embedded,
+    EngineReport,
     Event,
     Failed,
     Generate,
@@ -34,6 +36,8 @@ from cortex.ipc.messages import (
 )
 from cortex.ipc.ring import Flag, TokenConsumer, TokenRing
 from cortex.ipc.taps import listen, socket_path
+from cortex.models.execution import Execution
+from cortex.runtime.device.main import execution_of
 from device_child import run
 from engine_fakes import answer, greedy, vector
 
@@ -51,15 +55,19 @@ class Life:
             await self._channel.send(command)
 
     async def receive(self) -> Event:
+        """Return the next event that somebody asked for."""
         async with asyncio.timeout(60):
-            return await self._channel.receive()
+            while isinstance(event := await self._channel.receive(), EngineReport):
+                pass
+            return event
 
     def tokens_until_finished(self) -> list[int]:
         tokens: list[int] = []
         while True:
             assert select.select([self._consumer], [], [], 20.0)[0], "no tokens come"
             for record in self._consumer.take():
-                tokens.append(record.token_id)
+                if record.flags & Flag.TOKEN:
+                    tokens.append(record.token_id)
                 if record.flags & Flag.FINISH:
                     return tokens
 
@@ -121,6 +129,13 @@ async def test_it_says_hello_loads_answers_and_exits_with_zero(start: Start) -> 
         await life.send(Shutdown(4))
         assert await life.receive() == Bye(4)
         assert life.exit_code() == 0
+
+
+def test_the_models_are_told_what_the_options_say_of_a_gpu() -> None:
+    options = EngineOptions(batch_invariant=True, attention="torch", cuda_graphs=False)
+
+    assert execution_of(options) == Execution("torch", is_batch_invariant=True, has_graphs=False)
+    assert execution_of(EngineOptions()) == Execution()
 
 
 async def test_its_embeddings_come_over_the_real_channel(start: Start) -> None:

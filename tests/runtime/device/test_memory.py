@@ -35,18 +35,18 @@ def load(**limits: int) -> LoadModel:
 def test_by_default_there_is_one_full_context_and_a_fair_number_of_short_sequences() -> None:
     limits = settle(load(), needs(8192), PLENTY)
 
-    assert (limits.max_context_tokens, limits.max_sequences) == (8192, 16)
-    assert limits.blocks * 16 == 8192 + 15 * 1024
+    assert (limits.max_context_tokens, limits.max_sequences) == (8192, 32)
+    assert limits.blocks * 16 == 8192 + 31 * 512
 
 
 def test_a_short_context_is_what_a_short_sequence_takes() -> None:
-    assert settle(load(), needs(512), PLENTY).blocks * 16 == 16 * 512
+    assert settle(load(), needs(512), PLENTY).blocks * 16 == 32 * 512
 
 
 def test_more_seats_take_more_short_sequences() -> None:
     limits = settle(load(max_sequences=33), needs(8192), PLENTY)
 
-    assert limits.blocks * 16 == 8192 + 32 * 1024
+    assert limits.blocks * 16 == 8192 + 32 * 512
 
 
 def test_context_and_seats_that_were_asked_for_are_all_full_contexts() -> None:

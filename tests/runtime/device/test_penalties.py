@@ -10,11 +10,12 @@ from cortex.ipc.messages import SamplingParams
 from cortex.runtime.device.penalties import LARGEST, adjust
 from cortex.runtime.device.row import Row
 from cortex.runtime.device.sampler import sample
+from cortex.runtime.device.token_counts import TokenCounts
 
 
 def row(known: list[int], prompt_tokens: int, **options: Any) -> Row:
     sampling = SamplingParams(temperature=0.0, max_tokens=8, seed=0, **options)
-    return Row(sampling, len(known), known, prompt_tokens)
+    return Row(sampling, len(known), TokenCounts.of(known, prompt_tokens))
 
 
 def adjusted(logits: list[float], *rows: Row) -> list[list[float]]:
@@ -111,11 +112,11 @@ def test_the_largest_values_that_are_taken_overflow_nothing(
         frequency_penalty=largest,
         logit_bias={0: largest, 1: -largest, 2: largest},
     )
-    known = [0, 1] * 1000
+    counts = TokenCounts.of([0, 1] * 1000, 1000)
 
-    (chosen,) = sample(logits, [Row(sampling, 0, known, 1000)])
+    (chosen,) = sample(logits, [Row(sampling, 0, counts)])
 
     changed = logits.double()
-    adjust(changed, [Row(sampling, 0, known, 1000)])
+    adjust(changed, [Row(sampling, 0, counts)])
     assert chosen.token_id == changed.argmax()
     assert all(math.isfinite(x) for x in changed[0].tolist())

@@ -12,8 +12,10 @@ from torch import Tensor
 
 import plain_sampling
 from cortex.ipc.messages import SamplingParams
+from cortex.runtime.device import sampler
 from cortex.runtime.device.row import Row
-from cortex.runtime.device.sampler import sample, sampling_bytes
+from cortex.runtime.device.sampler import choose, choose_by_torch, sample, sampling_bytes
+from cortex.runtime.device.token_counts import TokenCounts
 from cortex.runtime.device.workspace import living_bytes
 
 DRAWS = 4000
@@ -25,11 +27,20 @@ def row(
     known: list[int] | None = None,
     prompt_tokens: int = 0,
     forced: int | None = None,
+    allowed: list[int] | None = None,
     **options: Any,
 ) -> Row:
     """A row of temperature 1 unless the options, those of SamplingParams, say otherwise."""
     sampling = SamplingParams(**{"temperature": 1.0, "max_tokens": 16, "seed": 0, **options})
-    return Row(sampling, position, known or [], prompt_tokens, forced)
+    counts = TokenCounts.of(known or [], prompt_tokens)
+    return Row(sampling, position, counts, forced, None if allowed is None else mask(allowed))
+
+
+def mask(allowed: list[int]) -> Tensor:
+    """Return the bits of these tokens, none above 319."""
+    bits = torch.zeros(320, dtype=torch.bool)
+    bits[allowed] = True
+    return (bits.view(-1, 32).long() << torch.arange(32)).sum(-1).to(torch.int32)
 
 
 def tokens(logits: Tensor, rows: list[Row]) -> list[int | None]:
@@ -150,6 +161,46 @@ def test_a_row_that_is_not_finite_has_no_token_even_where_one_would_be_put_in() 
     assert tokens(torch.tensor([[math.nan, 0.0]]), [row(forced=1)]) == [None]
 
 
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_only_tokens_that_are_allowed_are_chosen(temperature: float) -> None:
+    logits = torch.tensor([[9.0, 5.0, 1.0, 0.0]]).expand(50, -1)
+    options: dict[str, Any] = {"temperature": temperature, "logit_bias": {0: 100.0}}
+
+    found = set(tokens(logits, [row(n, allowed=[2, 3], **options) for n in range(50)]))
+
+    assert found == ({2} if temperature == 0 else {2, 3})
+
+
+def test_top_k_and_top_p_are_taken_of_what_is_allowed() -> None:
+    seen = frequencies([0.5, 0.3, 0.15, 0.05], allowed=[1, 2, 3], top_k=2, top_p=0.9)
+
+    assert seen == pytest.approx({1: 2 / 3, 2: 1 / 3}, abs=0.03)
+
+
+def test_a_token_that_is_put_in_need_not_be_allowed() -> None:
+    assert tokens(torch.tensor([[9.0, 0.0]]), [row(forced=1, allowed=[0])]) == [1]
+
+
+def test_where_nothing_is_allowed_the_row_is_stuck_and_not_unhealthy() -> None:
+    logits = torch.tensor([[9.0, 0.0], [math.nan, 0.0], [9.0, 0.0]])
+    rows = [row(allowed=[], top_logprobs=1), row(allowed=[]), row(allowed=[1])]
+
+    stuck, unhealthy, well = sample(logits, rows)
+
+    assert (stuck.token_id, stuck.is_stuck) == (None, True)
+    assert (unhealthy.token_id, unhealthy.is_stuck) == (None, False)
+    assert (well.token_id, well.is_stuck) == (1, False)
+
+
+def test_a_mask_may_end_within_a_word_and_what_is_behind_the_vocabulary_is_no_token() -> None:
+    everything = Row(SamplingParams(1.0, 1, 0), 0, allowed=torch.full((2,), -1, dtype=torch.int32))
+
+    for way in WAYS.values():
+        assert way(torch.zeros(1, 33), [everything]).tokens.tolist() == tokens(
+            torch.zeros(1, 33), [row()]
+        )
+
+
 ids = st.integers(0, 19)
 penalties = st.sampled_from([0.0, 0.0, 0.5, 2.0, -1.5])
 rows = st.builds(
@@ -167,9 +218,11 @@ rows = st.builds(
     frequency_penalty=penalties,
     logit_bias=st.dictionaries(ids, st.sampled_from([-100.0, -1.0, 2.5, 100.0]), max_size=4),
     top_logprobs=st.sampled_from([None, None, 0, 3, 20]),
+    allowed=st.sampled_from([None, None, None, [], [3], list(range(0, 40, 3))]),
     seed=st.integers(-(2**63), 2**63),
 )
 several = st.lists(rows, min_size=1, max_size=20)
+WAYS = {"kernels": choose, "torch": choose_by_torch}
 
 
 def noise(rows: int, vocabulary: int, seed: int) -> Tensor:
@@ -178,16 +231,18 @@ def noise(rows: int, vocabulary: int, seed: int) -> Tensor:
     return (logits * 8).round() / 8
 
 
+@pytest.mark.parametrize("way", WAYS)
 @given(several, st.integers(0, 1000))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=60, deadline=None)
 def test_whatever_rows_ask_for_they_get_what_the_definition_says(
-    many: list[Row], seed: int
+    way: str, many: list[Row], seed: int
 ) -> None:
     logits = noise(len(many), 40, seed)
 
-    expected = [plain_sampling.chosen(*pair) for pair in zip(logits.tolist(), many, strict=True)]
+    choice = WAYS[way](logits, many)
 
-    assert tokens(logits, many) == expected
+    expected = [plain_sampling.chosen(*pair) for pair in zip(logits.tolist(), many, strict=True)]
+    assert [chosen.token_id for chosen in choice.read(choice.tensors)] == expected
 
 
 @given(several, st.integers(0, 1000))
@@ -214,11 +269,10 @@ def test_it_chooses_what_the_definition_says(spread: float, top_p: float, top_k:
         for n, temperature in enumerate([1e-5, 0.7, 1.0, 2.0])
     ]
 
-    chosen = tokens(logits, rows)
+    expected = [plain_sampling.chosen(x, r) for x, r in zip(logits.tolist(), rows, strict=True)]
 
-    assert chosen == [
-        plain_sampling.chosen(x, r) for x, r in zip(logits.tolist(), rows, strict=True)
-    ]
+    for choose_in_this_way in WAYS.values():
+        assert choose_in_this_way(logits, rows).tokens.tolist() == expected
 
 
 @pytest.mark.parametrize("count", [1, 3, 20])
@@ -235,6 +289,38 @@ def test_it_stays_within_the_memory_that_it_says(count: int, options: dict[str, 
     logits = torch.randn(count, 5000)
     many = [row(n, **options) for n in range(count)]
 
-    peak = max(living_bytes(lambda: sample(logits, many)))
+    peak = max(living_bytes(lambda: choose_by_torch(logits, many)))
 
     assert peak + 4 * logits.numel() <= sampling_bytes(count, 5000)
+
+
+EVERYTHING = [
+    row(temperature=0.0),
+    row(temperature=0.7, top_p=0.9),
+    row(top_k=40, min_p=0.1),
+    row(allowed=[1, 2], temperature=0.0),
+    row(allowed=[]),
+    row(known=[1, 2, 2], prompt_tokens=1, frequency_penalty=0.5, repetition_penalty=1.2),
+    row(logit_bias={3: 1.0}, top_p=0.5),
+    row(forced=5),
+    row(temperature=0.0, top_logprobs=20),
+    row(top_p=0.9, top_logprobs=0),
+]
+
+
+def test_nothing_of_the_choice_waits_for_the_device() -> None:
+    """A tensor of the meta device has no values: whoever looks at one fails."""
+    choice = choose_by_torch(torch.zeros(10, 320, device="meta"), EVERYTHING)
+
+    assert {tensor.device.type for tensor in choice.tensors} == {"meta"}
+    assert choice.tokens.shape == (10,)
+    with pytest.raises(RuntimeError, match="meta"):
+        choice.read(choice.tensors)
+
+
+def test_where_there_is_no_compiler_torch_chooses(monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = torch.randn(10, 320, generator=torch.Generator().manual_seed(5))
+    compiled = sample(logits, EVERYTHING)
+    monkeypatch.setattr(sampler, "kernels_for", lambda *_: None)
+
+    assert repr(sample(logits, EVERYTHING)) == repr(compiled)

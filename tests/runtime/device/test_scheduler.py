@@ -189,11 +189,19 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.open.discard(number)
 
     @invariant()
-    def blocks_have_one_owner_and_none_is_lost(self) -> None:
-        owned = [b for s in self.scheduler.running for b in s.blocks]
-        assert len(owned) == len(set(owned))
+    def every_block_is_free_or_of_those_that_run(self) -> None:
+        owned = {b for s in self.scheduler.running for b in s.blocks}
         assert self.scheduler.pool.free + len(owned) == self.scheduler.pool.total
         assert not any(s.blocks for s in self.scheduler.waiting)
+
+    @invariant()
+    def a_block_is_shared_only_as_the_same_part_of_the_same_head(self) -> None:
+        parts: dict[int, tuple[int, ...]] = {}
+        for s in self.scheduler.running:
+            assert len(set(s.blocks)) == len(s.blocks)
+            for at, block in enumerate(s.blocks):
+                head = tuple(s.tokens[: (at + 1) * self.scheduler.pool.block_tokens])
+                assert parts.setdefault(block, head) == head
 
     @invariant()
     def whoever_runs_came_before_whoever_waits(self) -> None:

@@ -2,13 +2,20 @@
 
 import subprocess
 import sys
+from functools import partial
+from pathlib import Path
 
+import pytest
 import torch
 from torch import Tensor
 
+from cortex.ipc.messages import SamplingParams
 from cortex.models.batch import Batch
+from cortex.runtime.device.model_runner import ModelRunner
+from cortex.runtime.device.scheduler import PlannedSequence, StepPlan
 from cortex.runtime.device.workspace import living_bytes, measure_workspace
 from engine_fakes import FakeModel, RecallingModule
+from tiny_models import loaded, saved_model
 
 KIB = 1024
 
@@ -74,6 +81,40 @@ def test_what_does_not_grow_with_the_tokens_is_not_multiplied_by_them() -> None:
     assert 100 * KIB <= workspace.at(2048) < 200 * KIB
 
 
+@pytest.mark.parametrize("budget", [100, 128])
+def test_the_buffers_of_recorded_steps_are_within_it(tmp_path: Path, budget: int) -> None:
+    saved_model(tmp_path, "qwen3", head_dim=16)
+    model = loaded(tmp_path)
+    workspace = measure_workspace(model, torch.device("cpu"), budget, beside_bytes=0)
+    runner = ModelRunner(model, model.new_cache(32, 16), torch.device("cpu"))
+    sampling = SamplingParams(temperature=0.0, max_tokens=1, seed=0)
+
+    runner.forward(
+        StepPlan([PlannedSequence(0, [1] * budget, 384, list(range(32)), True, sampling)])
+    )
+
+    assert 0.9 * workspace.fixed_bytes < runner.buffer_bytes <= workspace.fixed_bytes
+
+
+class Trying(Unpacking):
+    """Takes 300 KiB at its first step, to try something out."""
+
+    def forward(self, batch: Batch) -> Tensor:
+        self.steps += 1
+        if self.steps == 1:
+            torch.zeros(300 * KIB, dtype=torch.uint8)
+        return super().forward(batch)
+
+
+def test_what_is_tried_out_once_is_not_counted() -> None:
+    measured = [
+        measure_workspace(FakeModel(module), torch.device("cpu"), token_budget=512, beside_bytes=0)
+        for module in (Trying(), Unpacking())
+    ]
+
+    assert measured[0] == measured[1]
+
+
 class Wandering(RecallingModule):
     """Runs an operation for every token, so that steps cannot be compared one by one."""
 
@@ -87,6 +128,19 @@ def test_steps_of_other_operations_still_give_a_bound() -> None:
     workspace = measure_workspace(model, torch.device("cpu"), token_budget=512, beside_bytes=0)
 
     assert workspace.at(2048) >= 2 * 512 * KIB * 4
+
+
+def test_graphs_keep_a_decode_step_of_theirs_and_the_logits_of_each() -> None:
+    model = FakeModel(Square(), max_position_embeddings=2048)
+    measured = partial(measure_workspace, model, torch.device("cpu"), 512, 0)
+
+    without, workspace = measured(), measured(graph_rows=[1, 2, 8])
+
+    logits = 4 * (1 + 2 + 8) * model.vocab_size
+    step = 8 * 2048 + 8 * 7
+    assert step + logits <= workspace.graph_bytes < 2 * step + logits
+    assert workspace.fixed_bytes - workspace.graph_bytes == without.fixed_bytes
+    assert without.graph_bytes == 0
 
 
 def test_a_model_made_for_very_few_tokens_can_be_measured() -> None:

@@ -1,0 +1,72 @@
+"""How the rows of a step are chosen from, in the order of its logits.
+
+Where grammars say what may be chosen, that is computed while the forward pass runs: the rows are
+made when the sampler first looks at them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import cached_property
+from typing import overload
+
+from torch import Tensor
+
+from cortex.runtime.device.grammar import Grammars, GrammarState
+from cortex.runtime.device.row import Row
+from cortex.runtime.device.scheduler import PlannedSequence, StepPlan
+
+
+def rows_of(
+    plan: StepPlan, grammar_of: Callable[[int], GrammarState | None], grammars: Grammars
+) -> Sequence[Row]:
+    """Return the rows of *plan*; *grammar_of* says where a sequence stands in its grammar."""
+    sampled = [(planned, grammar_of(planned.sequence_id)) for planned in plan.sampled]
+    asked = [(state, planned.drafted) for planned, state in sampled if state]
+    if not asked:
+        return [row for planned, _ in sampled for row in _rows(planned, [None] * planned.rows)]
+    masks = grammars.masks(asked)
+
+    def make() -> list[Row]:
+        found = iter(masks.result())
+        return [
+            row
+            for planned, state in sampled
+            for row in _rows(planned, next(found) if state else [None] * planned.rows)
+        ]
+
+    return _LateRows(make)
+
+
+def _rows(planned: PlannedSequence, allowed: Sequence[Tensor | None]) -> list[Row]:
+    return [
+        Row(
+            planned.sampling,
+            planned.known_position + index,
+            planned.counts,
+            planned.forced,
+            mask,
+        )
+        for index, mask in enumerate(allowed)
+    ]
+
+
+class _LateRows(Sequence[Row]):
+    def __init__(self, make: Callable[[], list[Row]]) -> None:
+        self._make = make
+
+    @cached_property
+    def _made(self) -> list[Row]:
+        return self._make()
+
+    def __len__(self) -> int:
+        return len(self._made)
+
+    @overload
+    def __getitem__(self, index: int) -> Row: ...
+
+    @overload
+    def __getitem__(self, index: slice) -> Sequence[Row]: ...
+
+    def __getitem__(self, index: int | slice) -> Row | Sequence[Row]:
+        return self._made[index]

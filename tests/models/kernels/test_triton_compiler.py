@@ -1,0 +1,28 @@
+"""What the interpreter forgives, the compiler does not: the kernels for GPUs that are not here."""
+
+from __future__ import annotations
+
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from pathlib import Path
+
+import pytest
+
+import compiled_triton
+
+SHARED_MEMORY_BYTES = 99 * 1024
+"""What a block may have on the RTX 30 and 40 series; data centre GPUs have more."""
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_the_kernels_compile_and_fit_a_small_gpu(tmp_path: Path, capability: int) -> None:
+    with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as pool:
+        taken = pool.submit(
+            compiled_triton.shared_memory_of_launches, capability, str(tmp_path)
+        ).result()
+
+    assert set(taken) == {
+        *("_attend", "_merge", "_linear"),
+        *("_rms_norm", "_silu_multiply", "_add_bias", "_rotate_and_store"),
+    }
+    assert max(taken.values()) <= SHARED_MEMORY_BYTES
