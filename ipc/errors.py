@@ -7,6 +7,7 @@ CortexError
 
 ApiError               status  code
 ├── InvalidRequest             400  invalid_request
+│   └── GrammarFailed          400  invalid_request
 ├── MalformedJson              400  malformed_json
 ├── MissingModelField          400  missing_model_field
 ├── UnsupportedParameter       400  unsupported_parameter
@@ -103,6 +104,10 @@ class InvalidRequest(ApiError):
 
     status = 400
     code = "invalid_request"
+
+
+class GrammarFailed(InvalidRequest):
+    """A grammar that was taken, and then could not be enforced to the end of an answer."""
 
 
 class MalformedJson(ApiError):

@@ -10,8 +10,8 @@ Parameters that cannot change the tokens (``user``, ``metadata``, ``store``, ...
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Annotated, Any, Literal, TypeVar
+from collections.abc import Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 import msgspec
 from msgspec import Meta
@@ -125,6 +125,9 @@ class Thinking(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class ModelRequest(msgspec.Struct, kw_only=True):
     """What every request names."""
 
+    INSTEAD: ClassVar[Mapping[str, str]] = {}
+    """What stands here for a parameter that is not honoured."""
+
     model: ModelId
 
     def refuse_unsupported(self) -> None:
@@ -214,7 +217,7 @@ class ChatCompletionRequest(OffersTools, SamplingRequest, kw_only=True):
                 "'response_format' and 'structured_outputs' both say what the answer must be",
                 param="structured_outputs",
             )
-        if self.tool_choice in (None, "none", "auto"):
+        if not self.demands_call:
             return
         for name, is_given in (
             ("response_format", has_format),
@@ -230,6 +233,8 @@ class ChatCompletionRequest(OffersTools, SamplingRequest, kw_only=True):
 
 class CompletionRequest(SamplingRequest, kw_only=True):
     """``POST /v1/completions``; the prompt is text or token ids, one of them."""
+
+    INSTEAD = {"response_format": "use 'structured_outputs', which says the same here"}
 
     prompt: Prompt
     logprobs: TopLogprobs | None = None
@@ -320,9 +325,11 @@ def decode_request(body: bytes, shape: type[R]) -> R:
     raw = decode_object(body)
     model_of(raw)
     honoured = _names(shape)
-    PARAMETERS.refuse_unsupported(raw, honoured)
+    PARAMETERS.refuse_unsupported(raw, honoured, instead=shape.INSTEAD)
     for place, message in _messages(raw):
         MESSAGE.refuse_unsupported(message, _names(ChatMessage), place)
+    if issubclass(shape, OffersTools):
+        shape.refuse_choice(raw.get("tool_choice"))
     request = typed({name: value for name, value in raw.items() if name in honoured}, shape)
     request.refuse_unsupported()
     return request

@@ -6,8 +6,10 @@ would be ignored, ``typed`` by its place what is of the wrong type or size.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Annotated, Any, TypeVar
 
 import msgspec
@@ -24,6 +26,14 @@ from cortex.ipc.validation import MISSING, UNKNOWN, words_and_place
 
 S = TypeVar("S", bound=msgspec.Struct)
 
+NOTHING: Mapping[str, str] = MappingProxyType({})
+
+HIGH, LOW = rb"\\u[dD][89abAB]..", rb"\\u[dD][c-fC-F].."
+LONE_SURROGATE = re.compile(rb"%b(?!%b)|(?<!%b)%b" % (HIGH, LOW, HIGH, LOW))
+"""Half a character. Of a body that cannot be read: elsewhere a backslash may be escaped."""
+
+HALF = "half of a surrogate pair (\\uD800 to \\uDFFF) is no text"
+
 
 @dataclass(frozen=True)
 class Parameters:
@@ -38,9 +48,16 @@ class Parameters:
     """Both with ``{name}``."""
 
     def refuse_unsupported(
-        self, raw: dict[str, Any], honoured: frozenset[str], place: str = ""
+        self,
+        raw: dict[str, Any],
+        honoured: frozenset[str],
+        place: str = "",
+        instead: Mapping[str, str] = NOTHING,
     ) -> None:
-        """Raise UnsupportedParameter for the first field of *raw*, at *place*, to be ignored."""
+        """Raise UnsupportedParameter for the first field of *raw*, at *place*, to be ignored.
+
+        *instead* are sentences about what stands for a field.
+        """
         for name, value in raw.items():
             if name in honoured or name in self.without_effect:
                 continue
@@ -48,7 +65,8 @@ class Parameters:
             if name not in self.neutral:
                 raise UnsupportedParameter(self.unknown.format(name=name), param=param)
             if not any(_is_same(value, neutral) for neutral in self.neutral[name]):
-                raise UnsupportedParameter(self.unsupported.format(name=name), param=param)
+                words = [self.unsupported.format(name=name), instead.get(name)]
+                raise UnsupportedParameter("; ".join(filter(None, words)), param=param)
 
 
 MAX_NAME = 4096
@@ -70,7 +88,8 @@ def decode_object(body: bytes) -> dict[str, Any]:
         words, _ = words_and_place(exc)
         raise InvalidRequest(f"the body holds what cannot be read: {words}") from exc
     except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-        raise MalformedJson(f"the body is not JSON: {exc}") from exc
+        fault = HALF if LONE_SURROGATE.search(body) else str(exc)
+        raise MalformedJson(f"the body is not JSON: {fault}") from exc
     except RecursionError as exc:
         raise MalformedJson("the body is nested too deeply") from exc
     if not isinstance(raw, dict):
@@ -108,6 +127,10 @@ def _of_field(words: str, place: str) -> tuple[str, str]:
 
 def decode_body(body: bytes, shape: type[S]) -> S:
     """Return *body* as a *shape*; raise MalformedJson, or InvalidRequest with the place."""
+    if not body.strip():
+        names = [f.encode_name for f in msgspec.structs.fields(shape) if f.required]
+        wanted = ", ".join(f'"{name}": ...' for name in names)
+        raise MalformedJson(f"the body is not JSON: it is empty, and must be {{{wanted}}}")
     return typed(decode_object(body), shape)
 
 

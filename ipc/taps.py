@@ -4,7 +4,7 @@ Each process of a neuron binds one XPUB socket in the neuron's tap directory, a 
 only the daemon's user can open. A message is two frames: the topic (``command.load_model``,
 ``event.model_loaded``, ``step``, ``request``) and a JSON object. While nobody subscribes,
 ``wants`` is False and nothing is serialised; the publisher never waits: a slow reader loses
-messages.
+messages. ``TOPICS`` are all there are.
 """
 
 from __future__ import annotations
@@ -13,12 +13,21 @@ import contextlib
 import socket
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import msgspec
 import zmq
 
+from cortex.ipc.messages import Command, Event
+
 SUPERVISOR = "supervisor"
+
+TOPICS = (
+    *(f"command.{kind.__struct_config__.tag}" for kind in get_args(Command)),
+    *(f"event.{kind.__struct_config__.tag}" for kind in get_args(Event)),
+    "request",
+    "step",
+)
 
 
 def socket_path(directory: Path, process: str) -> Path:

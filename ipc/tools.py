@@ -77,6 +77,22 @@ class OffersTools:
         """The tools that the model is told of: none where it must not call any."""
         return [] if self.tool_choice == "none" else self.tools or []
 
+    @property
+    def demands_call(self) -> bool:
+        """Whether the answer must be a call, or several."""
+        return self.tool_choice not in (None, "none", "auto")
+
+    @staticmethod
+    def refuse_choice(choice: object) -> None:
+        """Raise UnsupportedParameter for a *choice*, as it came, of a kind that is not honoured."""
+        kind = choice.get("type", "function") if isinstance(choice, dict) else "function"
+        if kind != "function":
+            raise UnsupportedParameter(
+                f"'tool_choice' of type {kind!r} is not supported by this version: offer only the "
+                f"tools that may be called, with 'auto' or 'required', or name one function",
+                param="tool_choice",
+            )
+
     def refuse_unsupported(self) -> None:
         """Raise UnsupportedParameter for tools of other types, InvalidRequest for a bad choice."""
         for index, raw in enumerate(self.tools or []):

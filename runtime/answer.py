@@ -69,6 +69,8 @@ class Reading:
     """Tokens that the client named as ends."""
     is_one_call: bool = False
     """Whether the answer ends where a second call would begin."""
+    is_calls_only: bool = False
+    """Whether calls are demanded: what an answer that is cut leaves of a marker is no text then."""
 
 
 class Answer:
@@ -83,8 +85,7 @@ class Answer:
         self.calls = 0
         self.finish_reason: FinishReason | None = None
         self.stop_reason: str | int | None = None
-        self.cut_call: CallMalformed | None = None
-        """The call that was not finished because the answer was cut in it."""
+        self._is_cut_in_call = False
         self._reading = reading
         self._shown_characters = 0
         self._unread_tokens = 0
@@ -174,8 +175,9 @@ class Answer:
         self.finish_reason = reason
         pieces = self._reading.reader.add(text)
         rest = self._reading.reader.flush(ended=has_ended)
-        if not has_ended and rest and isinstance(rest[-1], CallMalformed):
-            self.cut_call = rest[-1]
+        self._is_cut_in_call = self._reading.reader.is_in_call
+        if self._reading.is_calls_only and not has_ended:
+            rest = [piece for piece in rest if not isinstance(piece, Text)]
         return pieces + rest
 
     def _noted(self, pieces: list[Piece], flags: int) -> list[Piece]:
@@ -185,6 +187,7 @@ class Answer:
             if isinstance(piece, CallBegins):
                 if self._reading.is_one_call and self.calls == 1:
                     kept, self.finish_reason = pieces[:at], "stop"
+                    self._is_cut_in_call = False
                     break
                 self.calls += 1
             elif isinstance(piece, CallMalformed):
@@ -194,7 +197,7 @@ class Answer:
             if isinstance(pieces[-1], Reasoning):
                 self.reasoning_tokens += self._unread_tokens
             self._unread_tokens = 0
-        if self.finish_reason == "stop" and self.calls and self.cut_call is None:
+        if self.finish_reason == "stop" and self.calls and not self._is_cut_in_call:
             self.finish_reason = "tool_calls"
         return kept
 

@@ -16,6 +16,7 @@ from cortex.runtime.config import NeuronConfig
 from cortex.runtime.discovery import Inventory
 from cortex.runtime.door import Door
 from cortex.runtime.embeddings import Embeddings
+from cortex.runtime.grammar_check import GrammarCheck
 from cortex.runtime.health import Report
 from cortex.runtime.inference import Inference, Timing
 from cortex.runtime.metrics import Metrics
@@ -59,6 +60,7 @@ def build_services(
     metrics = Metrics(report.health)
     timing = timing or Timing()
     threads = TextThreads()
+    grammars = GrammarCheck()
     door = Door(
         traffics,
         metrics,
@@ -73,7 +75,8 @@ def build_services(
         report=report,
         door=door,
         threads=threads,
-        inference=Inference(node, traffics, door, threads, timing),
+        grammars=grammars,
+        inference=Inference(node, traffics, door, threads, grammars=grammars, timing=timing),
         embeddings=Embeddings(node, traffics, door, threads),
         cached=CachedModels(config.places),
         metrics=metrics,
@@ -90,6 +93,7 @@ def build_app(services: Services) -> web.Application:
     app.add_routes([route.definition() for route in ROUTES])
     app.on_response_prepare.append(echo_request_id)
     app.cleanup_ctx.append(_text_threads)
+    app.cleanup_ctx.append(_grammar_check)
     return app
 
 
@@ -104,3 +108,8 @@ def build_runner(app: web.Application, shutdown_timeout: float) -> HttpRunner:
 async def _text_threads(app: web.Application) -> AsyncIterator[None]:
     yield
     app[SERVICES].threads.close()
+
+
+async def _grammar_check(app: web.Application) -> AsyncIterator[None]:
+    yield
+    await app[SERVICES].grammars.close()

@@ -182,6 +182,9 @@ def tap(
         Path | None,
         typer.Option(help="Where the neuron binds its taps; else by its configuration."),
     ] = None,
+    listen: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Where the neuron listens.")
+    ] = None,
     config: Config = None,
 ) -> None:
     """Print what happens inside a running neuron, live, one line each, until Ctrl-C.
@@ -190,10 +193,17 @@ def tap(
       neuron tap                    everything
       neuron tap command event      what supervisor and device processes tell each other
       neuron tap request            every request as it ends
+      neuron tap step               every step of a device
+      neuron tap --listen 127.0.0.1:8000 event.failed
+
+    \b
+    Topics are request, step, command.NAME and event.NAME; a beginning stands for all that have it.
+    An unknown one is answered with the list.
     """  # noqa: D301 - as above
+    _refuse_unknown(topics or [])
     try:
         if directory is None:
-            settings = load_config(config)
+            settings = load_config(config, listen=listen)
             directory = settings.tap_directory(settings.address[1])
         for topic, message in taps.listen(directory, topics or []):
             typer.echo(f"{topic} {msgspec.json.encode(message).decode()}")
@@ -202,9 +212,19 @@ def tap(
     except BrokenPipeError:  # piped into head: enough was read
         sys.stderr.close()
     except OSError as exc:
-        _fail(f"{exc}; is the neuron running, with [taps] enabled?", 1)
+        _fail(
+            f"{exc}: is the neuron running, with [taps] enabled? One that listens elsewhere is "
+            f"named by --listen HOST:PORT, or NEURON_LISTEN",
+            1,
+        )
     except KeyboardInterrupt:
         typer.echo()
+
+
+def _refuse_unknown(topics: list[str]) -> None:
+    for topic in topics:
+        if not any(known.startswith(topic) for known in taps.TOPICS):
+            _fail(f"there is no topic {topic!r}; there are {', '.join(taps.TOPICS)}", 2)
 
 
 def _fail(sentence: str, code: int) -> NoReturn:

@@ -12,6 +12,7 @@ from typing import Any
 
 from cortex.ipc.messages import ReasoningBudget
 from cortex.ipc.openai import ChatMessage
+from cortex.runtime.grammar_check import Part
 from cortex.runtime.pieces import Reader
 from cortex.runtime.structured import Demand
 from cortex.runtime.tool_grammars import OfferedTool
@@ -73,3 +74,10 @@ class ChatPrompt:
     reasoning_budget: ReasoningBudget | None = None
     grammar: str | None = None
     """Of the whole answer, as llguidance reads it; None where any answer will do."""
+    grammar_parts: Sequence[Part] = ()
+    """What has to be checked of it, which a text side does not; the last is the whole."""
+
+    @property
+    def grammar_place(self) -> str | None:
+        """The place in the request that the grammar comes from."""
+        return self.grammar_parts[-1].place if self.grammar_parts else None

@@ -14,6 +14,7 @@ from typing import Literal
 
 from cortex.ipc.errors import (
     ApiError,
+    GrammarFailed,
     InvalidRequest,
     ModelNotFound,
     NodeFailed,
@@ -229,6 +230,7 @@ class Conversation:
 _ERRORS: dict[str, type[ApiError]] = {
     **{error.code: error for error in ApiError.__subclasses__() if error is not Unloadable},
     "empty_prompt": InvalidRequest,
+    "grammar_failed": GrammarFailed,
     "invalid_sampling": InvalidRequest,
     "token_out_of_range": InvalidRequest,
     "model_not_loaded": ModelNotFound,

@@ -99,14 +99,13 @@ class Door:
         fields = record.fields()
         log.info("request finished", **fields)
         self._tap.publish("request", fields)
-        if record.model is not None:
-            self._metrics.count(
-                record.model,
-                status=record.status,
-                prompt_tokens=record.prompt_tokens,
-                cached_tokens=record.cached_tokens,
-                completion_tokens=record.completion_tokens,
-                first_token_seconds=record.first_token_seconds,
-                duration_seconds=record.duration_seconds,
-                finish_reason=record.finish_reason,
-            )
+        self._metrics.count(
+            record.model,
+            status=record.status,
+            prompt_tokens=record.prompt_tokens,
+            cached_tokens=record.cached_tokens,
+            completion_tokens=record.completion_tokens,
+            first_token_seconds=record.first_token_seconds,
+            duration_seconds=record.duration_seconds,
+            finish_reason=record.finish_reason,
+        )

@@ -1,6 +1,6 @@
 """One inference request, from its body to its last byte.
 
-    body ─► model ─► seats ─► prompt tokens (thread pool) ─► sampling ─► generations ─► client
+    body ─► model ─► seats ─► prompt tokens, grammar ─► sampling ─► generations ─► client
 
 Whatever is refused before the generation is an HTTP status. A stream then opens at once, before
 anything is computed, so what fails later is an error frame and no ``[DONE]``. Leaving at any point,
@@ -27,6 +27,7 @@ from cortex.ipc.response_body import ResponseBody
 from cortex.runtime.access import priority_of
 from cortex.runtime.choices import Choices, generating
 from cortex.runtime.door import Door
+from cortex.runtime.grammar_check import GrammarCheck
 from cortex.runtime.node import LimitsView, ModelView, Node, TextView
 from cortex.runtime.prompts import TextThreads, prompt_of
 from cortex.runtime.request_record import RequestRecord
@@ -64,12 +65,20 @@ class Inference:
     """Serves chat and text completions of a node's models."""
 
     def __init__(
-        self, node: Node, traffics: Traffics, door: Door, threads: TextThreads, timing: Timing
+        self,
+        node: Node,
+        traffics: Traffics,
+        door: Door,
+        threads: TextThreads,
+        *,
+        grammars: GrammarCheck,
+        timing: Timing,
     ) -> None:
         self._node = node
         self._traffics = traffics
         self._door = door
         self._threads = threads
+        self._grammars = grammars
         self._timing = timing
 
     async def serve(self, request: web.Request, shape: type[Asked]) -> web.StreamResponse:
@@ -87,6 +96,7 @@ class Inference:
         traffic = self._traffics.of(model)
         async with traffic.admission.seat(asked.choices, priority):
             prompt = await self._threads.run(lambda: prompt_of(text, asked))
+            await self._grammars.refuse_bad(prompt.grammar_parts, text)
             record.prompt_tokens = len(prompt.token_ids)
             sampling = resolve_sampling(
                 asked,
@@ -99,7 +109,10 @@ class Inference:
                 grammar=prompt.grammar,
             )
             answers, clock = answers_of(asked, text, prompt), self._timing.clock
-            turn = Turn(asked, answers, traffic, record, clock, reasons=text.reasons)
+            place = prompt.grammar_place
+            turn = Turn(
+                asked, answers, traffic, record, clock, reasons=text.reasons, grammar_place=place
+            )
             async with generating(
                 asked.choices,
                 lambda index: self._node.generate(
@@ -126,12 +139,13 @@ class Inference:
         return response
 
     async def _whole(self, turn: Turn, choices: Choices) -> web.Response:
-        async for index, records in choices:
-            turn.gather(index, records)
-            if not turn.running:
-                break
-            if turn.is_over(index):
-                choices.cancel(index)
+        with turn.naming_grammar():
+            async for index, records in choices:
+                turn.gather(index, records)
+                if not turn.running:
+                    break
+                if turn.is_over(index):
+                    choices.cancel(index)
         body = msgspec.json.encode(turn.whole())
         return web.Response(body=body, content_type="application/json")
 
@@ -158,13 +172,14 @@ class Inference:
 
     async def _send_chunks(self, stream: EventStream, turn: Turn, choices: Choices) -> None:
         """Send the pieces as they form."""
-        async for index, records in stream.never_silent(choices):
-            for chunk in turn.chunks(index, records):
-                await stream.send(chunk)
-            if not turn.running:
-                return
-            if turn.is_over(index):
-                choices.cancel(index)
+        with turn.naming_grammar():
+            async for index, records in stream.never_silent(choices):
+                for chunk in turn.chunks(index, records):
+                    await stream.send(chunk)
+                if not turn.running:
+                    return
+                if turn.is_over(index):
+                    choices.cancel(index)
 
     async def _send_fault(
         self, stream: EventStream, record: RequestRecord, error: ApiError

@@ -2,7 +2,8 @@
 
 Each app has a registry of its own. What is counted is counted here; what is a state (requests
 running, devices) is read when Prometheus asks, so nothing of a model that is gone remains. A
-``model_name`` is only ever the id of a model that is loaded: clients cannot invent series.
+``model_name`` is only ever the id of a model that is loaded, and empty for a request that names
+none: clients cannot invent series.
 """
 
 from __future__ import annotations
@@ -113,7 +114,7 @@ class Metrics:
 
     def count(
         self,
-        model: str,
+        model: str | None,
         *,
         status: int,
         prompt_tokens: int,
@@ -123,11 +124,13 @@ class Metrics:
         duration_seconds: float,
         finish_reason: str | None,
     ) -> None:
-        """Count one request that has ended, of a model that is loaded.
+        """Count one request that has ended, of a model that is loaded, or refused before that.
 
         Embeddings have no first token, but their prompts were processed.
         """
-        self._requests.labels(model, str(status)).inc()
+        self._requests.labels(model or "", str(status)).inc()
+        if model is None:
+            return
         if first_token_seconds is None:
             self._prompt_tokens.labels(model).inc(prompt_tokens if status == HTTPStatus.OK else 0)
             return

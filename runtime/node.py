@@ -17,7 +17,6 @@ from cortex.runtime.answer import TokensToText
 from cortex.runtime.config import DeviceSpec
 from cortex.runtime.conversation import ChatPrompt, Conversation
 from cortex.runtime.sampling import ModelDefaults
-from cortex.runtime.structured import Demand
 
 
 class TextView(Protocol):
@@ -64,8 +63,9 @@ class TextView(Protocol):
     def text_prompt(self, prompt: str) -> list[int]:
         """Tokenise."""
 
-    def text_grammar(self, demand: Demand) -> str:
-        """Return the grammar of a text that is demanded; raise InvalidRequest."""
+    @property
+    def control_tokens(self) -> dict[int, bytes]:
+        """The tokens that are no text, by their ids."""
 
     def detokenizer(self, shown_ids: Collection[int] = ()) -> TokensToText:
         """Return one for a new answer; *shown_ids* are control tokens that it shows."""

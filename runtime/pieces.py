@@ -44,7 +44,7 @@ class CallArguments:
 
 @dataclass(frozen=True, slots=True)
 class CallMalformed:
-    """The call that began is none: its arguments cannot become JSON, or the answer ends in them.
+    """The call that began is none: its arguments cannot become JSON.
 
     ``block`` is what was read of it; what follows of it is Text. An answer that does not stream
     shows the block as text; a stream cannot take back what it has sent, and ends with an error.
@@ -60,19 +60,25 @@ Piece = Text | Reasoning | CallBegins | CallArguments | CallMalformed
 class Reader(Protocol):
     """Reads one answer."""
 
+    @property
+    def is_in_call(self) -> bool:
+        """Whether a call has begun and not ended; behind ``flush``, whether one was cut."""
+
     def add(self, text: str) -> list[Piece]:
         """Return the pieces that became final with *text*."""
 
     def flush(self, *, ended: bool = False) -> list[Piece]:
         """Return what was held back; the answer is over.
 
-        A call that is not finished becomes a CallMalformed. *ended* says that the model itself came
-        to an end: closing brackets that it left out are then put in.
+        *ended* says that the model itself came to an end: closing brackets that it left out are
+        then put in. Else the answer was cut; a call that had begun is then what came of it.
         """
 
 
 class PlainReader:
     """Reads an answer that is nothing but text."""
+
+    is_in_call = False
 
     def add(self, text: str) -> list[Piece]:
         """Return it as it is."""

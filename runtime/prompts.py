@@ -11,7 +11,9 @@ from typing import TypeVar
 from cortex.ipc.errors import InvalidRequest
 from cortex.ipc.openai import ChatCompletionRequest, CompletionRequest, TokenizeRequest
 from cortex.ipc.tools import NamedTool
+from cortex.runtime.answer_grammar import of_text
 from cortex.runtime.conversation import CallDemand, ChatPrompt, Conversation
+from cortex.runtime.grammar_check import Part
 from cortex.runtime.node import TextView
 from cortex.runtime.pieces import PlainReader
 from cortex.runtime.reasoning import wish_of
@@ -45,9 +47,10 @@ def prompt_of(
     """Return the prompt, and how the answer to it is read; raise ApiError in words."""
     if isinstance(asked, CompletionRequest):
         token_ids, demand = tokens_of(text, asked.prompt, "prompt"), demand_of(asked)
-        return ChatPrompt(
-            token_ids, PlainReader, grammar=text.text_grammar(demand) if demand else None
-        )
+        if demand is None:
+            return ChatPrompt(token_ids, PlainReader)
+        whole = Part(of_text(demand), demand.place)
+        return ChatPrompt(token_ids, PlainReader, grammar=whole.grammar, grammar_parts=[whole])
     if isinstance(asked, TokenizeRequest) and asked.prompt is not None:
         return ChatPrompt(tokens_of(text, asked.prompt, "prompt"), PlainReader)
     assert asked.messages is not None, "what has no prompt has messages"
@@ -71,7 +74,7 @@ def calls_demanded(asked: ChatCompletionRequest) -> CallDemand:
     """Return what *asked* says of calls; only a named tool is called once."""
     choice = asked.tool_choice
     named = choice.function.name if isinstance(choice, NamedTool) else None
-    is_forced = named is not None or choice == "required"
+    is_forced = asked.demands_call
     functions = [(i, tool["function"]) for i, tool in enumerate(asked.offered_tools)]
     return CallDemand(
         tools=[

@@ -114,6 +114,11 @@ class ReasoningReader:
         self._state = self._inside if is_open else self._before
         self._has_reasoned = False
 
+    @property
+    def is_in_call(self) -> bool:
+        """What stands behind the reasoning knows."""
+        return self._rest.is_in_call
+
     def add(self, text: str) -> list[Piece]:
         """Return the pieces that became final with *text*."""
         self._held += text

@@ -39,6 +39,7 @@ from cortex.runtime.admission import shutting_down
 from cortex.runtime.cached_models import CachedModels
 from cortex.runtime.door import Door
 from cortex.runtime.embeddings import Embeddings
+from cortex.runtime.grammar_check import GrammarCheck
 from cortex.runtime.health import Report
 from cortex.runtime.health import capabilities as loaded_capabilities
 from cortex.runtime.inference import Inference, Timing, servable
@@ -63,6 +64,7 @@ class Services:
     report: Report
     door: Door
     threads: TextThreads
+    grammars: GrammarCheck
     inference: Inference
     embeddings: Embeddings
     cached: CachedModels

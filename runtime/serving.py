@@ -28,6 +28,7 @@ from cortex.runtime.activation import Activation
 from cortex.runtime.app import build_app, build_runner, build_services
 from cortex.runtime.config import (
     DeviceSpec,
+    EngineConfig,
     NeuronConfig,
     cuda_visible_devices,
     ordered_faults,
@@ -52,6 +53,9 @@ with that a thread that read a checkpoint held up every answer of the loop by ab
 LAST_FRAMES_SECONDS = 5.0
 """After the drain, for requests that were just failed to tell their clients so."""
 
+GPU_OPTIONS = ("attention", "batch_invariant", "cuda_graphs")
+"""Of [engine]; a CPU has nothing that they could change."""
+
 log = structlog.get_logger()
 
 
@@ -70,8 +74,19 @@ def serve(config: NeuronConfig) -> None:
     ordered_faults()  # one that is misspelled stops the start
     host = Surroundings.look()
     devices = resolve_devices(config, host.inventory, Host.read())
+    say_what_has_no_effect(config.engine, devices)
     listener = bind(*config.address)
     uvloop.run(_serve(config, devices, listener, host, access=access, files=files))
+
+
+def say_what_has_no_effect(engine: EngineConfig, devices: Sequence[DeviceSpec]) -> None:
+    """Log the options of a GPU that are set where there is none."""
+    if any(device.name.startswith("cuda") for device in devices):
+        return
+    usual = EngineConfig()
+    ignored = [name for name in GPU_OPTIONS if getattr(engine, name) != getattr(usual, name)]
+    if ignored:
+        log.info("options of [engine] without effect: there is no GPU here", options=ignored)
 
 
 @dataclass(frozen=True, slots=True)

@@ -26,6 +26,7 @@ import msgspec
 from cortex.ipc.errors import InvalidRequest
 from cortex.ipc.openai import ChatCompletionRequest, CompletionRequest
 from cortex.ipc.structured import StructuredOutputs
+from cortex.runtime.grammar_costs import refuse_costly_rules, refuse_costly_schema
 
 MAX_GRAMMAR_BYTES = 1 << 18
 """Of one schema, and of a whole grammar. Compiling so much takes 0.1 s (2 cores, 2026-11-21)."""
@@ -34,7 +35,9 @@ COMPILER = "x-guidance"
 """The keyword by which llguidance is told how to read a schema."""
 COMPILER_OPTIONS = {"whitespace_pattern": r"[ \t]?|\r?\n[ \t]{0,40}"}
 
-TEMPERATURE = re.compile(r"^[ \t]*[\w-]+\[[^\]\n]*\btemperature\b", re.MULTILINE)
+TEMPERATURE = re.compile(
+    r'^[ \t]*[?!]?[\w-]+[ \t]*\[(?:"(?:\\.|[^"\\\n])*"|[^\]"\n])*\btemperature\b', re.MULTILINE
+)
 """A rule's attribute, which llguidance reads and leaves to the sampler."""
 
 
@@ -62,10 +65,11 @@ def demand_of(asked: ChatCompletionRequest | CompletionRequest) -> Demand | None
 def json_rule(schema: Mapping[str, Any], place: str) -> str:
     """Return the right side of a rule for the JSON that *schema*, from *place*, allows.
 
-    Raise InvalidRequest for one that is too large or too deep.
+    Raise InvalidRequest for one that is too large, too deep or too costly to read.
     """
     if COMPILER in schema:
         raise InvalidRequest(f"{place}: {COMPILER!r} is not taken", param=place)
+    refuse_costly_schema(schema, place)
     try:
         text = msgspec.json.encode({**schema, COMPILER: COMPILER_OPTIONS}).decode()
     except RecursionError as exc:
@@ -97,11 +101,12 @@ def _structured(asked: StructuredOutputs) -> Demand:
 
 
 def _lark(grammar: str, place: str) -> str:
-    """Return *grammar*; raise InvalidRequest for an attribute that would be ignored."""
+    """Return *grammar*; raise InvalidRequest for its cost, or what would be ignored."""
     if TEMPERATURE.search(grammar):
         raise InvalidRequest(
             f"{place}: a rule cannot have a temperature; the request has one", param=place
         )
+    refuse_costly_rules(grammar, place)
     return grammar
 
 

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -30,8 +30,7 @@ from cortex.runtime.chat import Chat, ChatOptions, encoded
 from cortex.runtime.chat_template import ChatTemplate
 from cortex.runtime.conversation import ChatPrompt, Conversation
 from cortex.runtime.detokenizer import Detokenizer
-from cortex.runtime.grammar_check import GrammarCheck
-from cortex.runtime.structured import Demand
+from cortex.runtime.grammar_check import Part
 from cortex.runtime.tokenizer import Tokenizer
 from cortex.runtime.tokenizer_cache import TokenizerCache
 
@@ -91,7 +90,6 @@ class TextSide:
     """Of the weights, which may have rows that no token of the tokenizer uses."""
     pooling: Literal["last", "mean"] | None = None
     """How the checkpoint makes one vector of a text; None where it does not."""
-    grammars: GrammarCheck = field(default_factory=GrammarCheck, compare=False)
 
     @classmethod
     def from_checkpoint(
@@ -138,33 +136,21 @@ class TextSide:
         return self.chat is not None and self.chat.takes_effort
 
     def chat_prompt(self, conversation: Conversation) -> ChatPrompt:
-        """Return the prompt of a conversation; raise InvalidRequest or UnsupportedParameter.
-
-        A grammar that cannot be enforced is refused by the place of what is wrong in it.
-        """
+        """Return the prompt of a conversation; raise InvalidRequest or UnsupportedParameter."""
         if self.chat is None:
             raise UnsupportedParameter(
                 "this model has no chat template, so it cannot chat: use /v1/completions",
                 param="messages",
             )
         prompt = self.chat.prompt(conversation)
-        if prompt.grammar is not None:
-            self._refuse_bad_grammar(prompt.grammar, conversation)
-        return prompt
+        if prompt.grammar is None:
+            return prompt
+        return replace(prompt, grammar_parts=_parts(prompt.grammar, conversation))
 
-    def text_grammar(self, demand: Demand) -> str:
-        """Return the grammar of an answer that is *demand* alone; raise InvalidRequest."""
-        grammar = of_text(demand)
-        self.grammars.refuse_bad(grammar, self.tokenizer, demand.place)
-        return grammar
-
-    def _refuse_bad_grammar(self, grammar: str, conversation: Conversation) -> None:
-        """Check its parts, so that the place of a bad one can be named, and then the whole."""
-        demand, calls = conversation.text_demand, conversation.call_demand
-        tools = [tool for tool in calls.tools if tool.is_enforced]
-        for part in [*([demand] if demand else []), *(tool.demand for tool in tools)]:
-            self.text_grammar(part)
-        self.grammars.refuse_bad(grammar, self.tokenizer, demand.place if demand else "tools")
+    @property
+    def control_tokens(self) -> dict[int, bytes]:
+        """The tokens that are no text, by their ids."""
+        return {i: self.tokenizer.bytes_of(i) for i in sorted(self.tokenizer.control_ids)}
 
     def token_bytes(self, token_id: int) -> bytes:
         """Return the bytes that one token stands for."""
@@ -180,6 +166,15 @@ class TextSide:
         *shown_ids* are control tokens that are shown nevertheless.
         """
         return Detokenizer(self.tokenizer, self.stop_token_ids, shown_ids)
+
+
+def _parts(grammar: str, conversation: Conversation) -> list[Part]:
+    """Return the demands in *grammar* alone, so that a bad one can be named, and then the whole."""
+    demand, calls = conversation.text_demand, conversation.call_demand
+    demands = [demand] if demand else []
+    demands += [tool.demand for tool in calls.tools if tool.is_enforced]
+    parts = [Part(of_text(it), it.place) for it in demands]
+    return [*parts, Part(grammar, demand.place if demand else "tools")]
 
 
 def _read(

@@ -11,6 +11,11 @@ character of its arguments are known. Nothing that could be the beginning of a m
     between two calls, or behind the last one    text, from there on
     within a call that has begun                 CallMalformed, with the text of that call
 
+    a block in which the answer is cut           is
+    before a call of it has begun                text, from its marker on
+    between two calls, or behind the last one    nothing more than its calls
+    within a call that has begun                 that call, as far as it came
+
 A call of a tool that was not offered is malformed: nobody could run it, and what the model says is
 then at least seen. Whitespace around calls belongs to the format and is dropped.
 """
@@ -69,6 +74,11 @@ class ToolCallReader:
         self._is_at_start = True
         self._is_behind_call = False
 
+    @property
+    def is_in_call(self) -> bool:
+        """See ``pieces.Reader``."""
+        return self._calls.is_open
+
     def add(self, text: str) -> list[Piece]:
         """Return the pieces that became final with *text*."""
         while text:
@@ -78,7 +88,7 @@ class ToolCallReader:
     def flush(self, *, ended: bool = False) -> list[Piece]:
         """Return what was held back; see ``pieces.Reader``."""
         if self._block:
-            self._held = self._parse(self._block, "") if ended else self._leave(self._block)
+            self._held = self._parse(self._block, "") if ended else self._cut(self._block)
         rest, self._held = self._held, ""
         self._calls.say(rest.lstrip(SPACE) if self._is_behind_call else rest)
         return self._calls.take()
@@ -131,6 +141,13 @@ class ToolCallReader:
     def _close(self, block: _Block) -> None:
         self._block = None
         self._is_behind_call = block.has_call
+
+    def _cut(self, block: _Block) -> str:
+        """End *block*, in which the answer was cut; return what of it is text."""
+        self._close(block)
+        if self._calls.is_open or block.has_call:
+            return ""
+        return block.lead + block.characters.taken + block.characters.ahead
 
     def _leave(self, block: _Block) -> str:
         """Give up *block*, by the table above; return what of it is scanned again."""

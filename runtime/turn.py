@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Iterator, Sequence
 
 import msgspec
 
-from cortex.ipc.errors import NodeFailed
+from cortex.ipc.errors import GrammarFailed, NodeFailed
 from cortex.ipc.openai import ChatCompletionRequest, CompletionRequest
 from cortex.ipc.openai_answers import Usage
 from cortex.ipc.ring import TokenRecord
@@ -42,6 +43,7 @@ class Turn:
         clock: Callable[[], float],
         *,
         reasons: bool,
+        grammar_place: str | None = None,
     ) -> None:
         kind = ChatAnswers if isinstance(asked, ChatCompletionRequest) else TextAnswers
         self.asked = asked
@@ -52,6 +54,7 @@ class Turn:
         self.running = len(answers)
         """Answers that have not ended."""
         self._reasons = reasons
+        self._grammar_place = grammar_place
         self._clock = clock
         self._submitted = clock()
         self._first_token: list[float | None] = [None] * len(answers)
@@ -66,6 +69,15 @@ class Turn:
         return usage_of(
             record.prompt_tokens, record.cached_tokens, record.completion_tokens, reasoning
         )
+
+    @contextlib.contextmanager
+    def naming_grammar(self) -> Iterator[None]:
+        """Name the place in the request where its grammar turns out to lead nowhere."""
+        try:
+            yield
+        except GrammarFailed as exc:
+            exc.param = self._grammar_place
+            raise
 
     def is_over(self, index: int) -> bool:
         """Whether the answer *index* has ended."""
@@ -95,8 +107,7 @@ class Turn:
             if answer.finish_reason is not None:
                 return
             for piece in self._add(index, part):
-                if piece is not answer.cut_call:  # then it just ends, as the finish reason says
-                    yield self.objects.piece(index, piece, self._scored(index))
+                yield self.objects.piece(index, piece, self._scored(index))
             if answer.finish_reason is not None:
                 yield self.objects.ending(index, _ended(answer), self._scored(index))
 
@@ -154,6 +165,7 @@ def _reading(asked: Asked, text: TextView, prompt: ChatPrompt) -> Reading:
         None if asked.wanted_logprobs is None else Logprobs(text.token_bytes),
         named_stops=frozenset(asked.stop_token_ids or ()),
         is_one_call=isinstance(asked, ChatCompletionRequest) and asked.parallel_tool_calls is False,
+        is_calls_only=isinstance(asked, ChatCompletionRequest) and asked.demands_call,
     )
 
 

@@ -6,6 +6,7 @@ would be right far too often.
 
 from __future__ import annotations
 
+import gc
 import os
 import select
 import time
@@ -43,6 +44,7 @@ class Engine:
     def load(self, path: Path, threads: int, sequences: int, context: int) -> None:
         """Load in the loader's thread."""
         share_one_heap()
+        gc.freeze()  # as the device process does with what its imports made
         torch.set_num_threads(threads)
         memory = DeviceMemory(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
         loader = Loader(

@@ -164,6 +164,8 @@ class Endpoint:
             async with self._session.get(f"{self._url}/v1/models") as response:
                 listed = await response.json(content_type=None)
             self._model = str(listed["data"][0]["id"])
+        except aiohttp.ClientConnectorError as exc:
+            raise Trouble(f"{self._url}: {_words(exc)}") from exc
         except (aiohttp.ClientError, OSError, ValueError, LookupError, TypeError) as exc:
             raise Trouble(f"{self._url} names no model ({exc!r}): say --model") from exc
         return self._model
@@ -216,9 +218,18 @@ class Endpoint:
         except ValueError:
             seen.error = "an event that is no JSON"
         except (aiohttp.ClientError, OSError) as exc:
-            seen.error = f"connection: {type(exc).__name__}"
+            seen.error = _words(exc)
         seen.ended = time.perf_counter() - due
         return seen
+
+
+def _words(exc: aiohttp.ClientError | OSError) -> str:
+    """Return what is wrong with a connection."""
+    if isinstance(exc, aiohttp.ClientConnectorError) and not isinstance(
+        exc, aiohttp.ClientSSLError
+    ):
+        return f"nothing answers at {exc.host}:{exc.port}"
+    return f"connection: {type(exc).__name__}"
 
 
 async def _read(response: aiohttp.ClientResponse, seen: Seen, due: float) -> str | None:

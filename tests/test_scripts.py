@@ -73,6 +73,11 @@ class Clone:
         return ended.returncode
 
     @property
+    def has_run(self) -> bool:
+        """Whether any program ran."""
+        return self._journal.exists()
+
+    @property
     def ran(self) -> list[str]:
         """What ran, in order."""
         return self._journal.read_text().splitlines()
@@ -91,6 +96,19 @@ def test_the_tests_install_what_they_need_and_take_pytest_s_arguments(clone: Clo
     assert (status, install) == (0, "install --dev")
     assert pytest_run.startswith("python -P -m pytest")
     assert pytest_run.endswith("-k ring or tap -x")
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+def test_asked_for_help_the_tests_say_what_they_take_and_install_nothing(
+    clone: Clone, option: str
+) -> None:
+    script = clone.root / "scripts/test"
+
+    ended = subprocess.run([script, option], cwd="/", capture_output=True, text=True, check=False)
+
+    assert (ended.returncode, clone.has_run) == (0, False)
+    assert ended.stdout.startswith("Run the tests")
+    assert "scripts/test tests/ipc" in ended.stdout
 
 
 def test_the_check_runs_what_fails_fastest_first(clone: Clone) -> None:

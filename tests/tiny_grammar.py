@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import llguidance
 
+from cortex.ipc.errors import InvalidRequest
 from cortex.models.checkpoints.token_bytes import TokenTable
+from cortex.runtime.grammar_reader import Question, Reader
 
 
 class ByteVocabulary:
@@ -17,6 +19,10 @@ class ByteVocabulary:
         self.texts += [text.encode() for text in (*control, *words)]
         self.vocab_size = len(self.texts)
 
+    @property
+    def control_tokens(self) -> dict[int, bytes]:
+        return {i: self.texts[i] for i in self.control_ids}
+
     def bytes_of(self, token_id: int) -> bytes:
         return self.texts[token_id]
 
@@ -28,6 +34,13 @@ class ByteVocabulary:
             ids += [self.control[marker]] if marker else list(text[0].encode())
             text = text[len(marker) or 1 :]
         return ids
+
+
+def refuse_bad(grammar: str, vocabulary: ByteVocabulary, place: str) -> None:
+    """Raise for a grammar that cannot be enforced, as the neuron does, in this process."""
+    found = Reader().answer(Question(grammar, vocabulary.control_tokens))
+    if found:
+        raise InvalidRequest(f"{place}: {found}", param=place)
 
 
 def reads(grammar: str, text: str, vocabulary: ByteVocabulary) -> bool:

@@ -51,11 +51,28 @@ static int run_op(const Op *o, const Step *step) {
     return 0;
 }
 
+#define FEW_TOKENS 4 /* so few that a step waits for its weights, not for its products */
+#define MOST_AHEAD (256 << 10)
+
+/* Have idle helpers fetch the weights of the next product after operation *i*. */
+static void expect_weights(const Op *ops, int count, int i) {
+    for (int n = 1; n <= count; n++) {
+        const Op *o = ops + (i + n) % count;
+        if (o->code != TILED_LINEAR_OP) continue;
+        const int64_t tiles = (I(5) + OUTPUTS - 1) / OUTPUTS * (I(6) / BLOCK);
+        const int64_t bytes = tiles * tile_bytes(codes_of(I(0)));
+        atomic_store(&pool_ahead, P(1));
+        atomic_store(&pool_ahead_bytes, bytes < MOST_AHEAD ? bytes : MOST_AHEAD);
+        return;
+    }
+}
+
 /* Run *count* operations in order; where *seconds* is given, add to it the time of each kind.
  * Returns 0, or 1 + the code of the first that fails. */
 int cortex_run(const Op *ops, int count, const Step *step, double *seconds) {
     for (int i = 0; i < count; i++) {
         const int64_t began = seconds ? nanoseconds() : 0;
+        if (ops[i].code == TILED_LINEAR_OP && step->tokens <= FEW_TOKENS) expect_weights(ops, count, i);
         if (run_op(ops + i, step)) return 1 + ops[i].code;
         if (seconds) seconds[ops[i].code] += (nanoseconds() - began) * 1e-9;
     }

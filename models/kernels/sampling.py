@@ -35,6 +35,10 @@ _MASK = 2**64 - 1
 _MOST_THREADS = 16  # each has memory for a row
 
 
+_LIKELIEST_OF_ALL = _ASKED.pack(*(0.0, 1.0, 0.0, 1.0, 0.0, 0.0), *(0,) * 7, *(0, 0, 0, -1, -1, 0))
+"""What most rows ask for: the likeliest token, and nothing else."""
+
+
 class Scores(NamedTuple):
     """Of scored rows: the chosen token and then the likeliest, their logits, and all of the rest.
 
@@ -106,6 +110,12 @@ class Asks:
         if likeliest is not None:
             self._scored += 1
             self._likeliest = max(self._likeliest, likeliest)
+
+    def add_likeliest(self) -> None:
+        """Ask for the likeliest token of one more row: ``add`` with nothing said."""
+        at = self._rows * _ASKED.size
+        self._packed[at : at + _ASKED.size] = _LIKELIEST_OF_ALL
+        self._rows += 1
 
     def choose(self, kernels: CpuKernels, logits: Tensor) -> tuple[Tensor, Scores | None]:
         """[R, V] float32 -> [R] int64 tokens, and scores where any row asks for them."""

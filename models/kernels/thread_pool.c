@@ -38,6 +38,9 @@ static int pool_helpers; /* threads that exist */
 static Body *_Atomic pool_body;
 static void *_Atomic pool_argument;
 static _Atomic uint32_t pool_items, pool_step, pool_wanted;
+/* What the loop after this one will read: a helper with nothing to do fetches it meanwhile. */
+static const char *_Atomic pool_ahead;
+static _Atomic int64_t pool_ahead_bytes;
 /* Each on a cache line of its own: helpers look at the first while others write the last two. */
 static _Alignas(64) _Atomic uint32_t pool_generation;
 static _Alignas(64) _Atomic uint32_t pool_sleeping;
@@ -74,8 +77,16 @@ static void pool_help(uint32_t generation) {
     }
 }
 
+/* Fetch what is said to be read next, until the generation is another than *seen*. */
+static void pool_fetch_ahead(uint32_t seen) {
+    const char *at = atomic_load(&pool_ahead), *end = at + atomic_load(&pool_ahead_bytes);
+    for (; at < end && atomic_load(&pool_generation) == seen; at += 256)
+        for (int line = 0; line < 4; line++) __builtin_prefetch(at + 64 * line, 0, 2);
+}
+
 /* Wait until the generation is another than *seen*: awake for a moment, then asleep. */
 static uint32_t pool_wait(uint32_t seen) {
+    pool_fetch_ahead(seen);
     const int64_t until = nanoseconds() + SPIN_NANOSECONDS;
     for (;;) {
         for (int i = 0; i < 64; i++, relax())

@@ -52,7 +52,7 @@ def side_stream(device: torch.device) -> contextlib.AbstractContextManager[objec
 
 @cache
 def _side_stream(device: torch.device) -> torch.cuda.Stream:
-    """Return the one of a device: for each that saw a product cuBLAS keeps up to 32 MiB for good."""
+    """Return the one of a device: cuBLAS keeps up to 32 MiB for each that saw a product."""
     return torch.cuda.Stream(device)  # type: ignore[no-untyped-call] # torch's
 
 

@@ -73,6 +73,11 @@ class Flight:
     plan: StepPlan  # of generations
     launched: Launched
 
+    @property
+    def has_drafts(self) -> bool:
+        """Whether nobody knows yet how many tokens it brings."""
+        return any(planned.drafts for planned in self.plan.sequences)
+
 
 class Engine:
     """Continuous batching over one model's paged cache."""
@@ -166,6 +171,7 @@ class Engine:
 
     def cancel(self, sequence_id: int) -> list[TokenRecord | Failed]:
         """End a sequence; return its last word, or nothing where it has ended already."""
+        self._grammars.give_up(sequence_id)
         sequence = self._compiling.pop(sequence_id, None) or self._end(sequence_id)
         return [] if sequence is None else [_cancelled(sequence)]
 
@@ -194,7 +200,7 @@ class Engine:
         """Run one step; raise DeviceLost where the device failed in it."""
         report = StepReport(events=[*self._news])
         self._news.clear()
-        if self._scheduler.has_to_know:
+        if self._scheduler.has_to_know or (self._flight and self._flight.has_drafts):
             self._land(report)
         plan = self._scheduler.schedule()
         flight = self._launch(plan, report) if plan.sequences else None

@@ -52,6 +52,8 @@ Asked = tuple["GrammarState", Sequence[int]]
 """A state, and the tokens drafted after it."""
 _CONTROL = b"\xff"
 """What llguidance writes a control token with; no text has it."""
+_GUESSED_BYTES = 256
+"""Of a text that has to come next only the beginning becomes tokens: it may be a whole document."""
 _log = structlog.get_logger()
 
 
@@ -75,6 +77,7 @@ class GrammarState:
         self._vocab_size = vocab_size
         self._ends = frozenset(ends)
         self._on_fault = on_fault
+        self._forced = b""  # the text that has to come next, as far as it was looked for
         self._lock = threading.Lock()  # llguidance raises where two threads meet
 
     @property
@@ -88,6 +91,10 @@ class GrammarState:
         with self._lock:
             if not self.fault and not self._matcher.consume_token(token_id):
                 self._fail()
+            if self._forced:
+                text = self._tokenizer.decode_bytes([token_id])
+                is_known = self._forced.startswith(text)
+                self._forced = self._forced[len(text) :] if is_known else b""
 
     def allows(self, token_id: int) -> bool:
         """Whether the grammar allows *token_id* next."""
@@ -102,8 +109,10 @@ class GrammarState:
         with self._lock:
             if self.fault:
                 return []
-            forced = self._matcher.compute_ff_bytes().split(_CONTROL)[0]
-        return self._tokenizer.greedy_tokenize(forced.decode(errors="ignore"))
+            if not self._forced:  # of a copy: the original could not go on with a control token
+                self._forced = self._matcher.deep_copy().compute_ff_bytes().split(_CONTROL)[0]
+            text = self._forced[:_GUESSED_BYTES]
+        return self._tokenizer.greedy_tokenize(text.decode(errors="ignore"))
 
     def masks(self, drafts: Sequence[int]) -> list[Tensor]:
         """Return what may come next, and after each of *drafts*: int32 [ceil(V / 32)] each.
@@ -156,6 +165,7 @@ class Grammars:
         self._wake_up: Descriptor | None = None
         self._lock = threading.Lock()
         self._outcomes: SimpleQueue[tuple[int, GrammarState | str]] = SimpleQueue()
+        self._asked: dict[int, Future[None]] = {}
         self._compilers = ThreadPoolExecutor(1, "grammar")
         self._maskers = ThreadPoolExecutor(1, "mask")
 
@@ -167,7 +177,13 @@ class Grammars:
     def ask(self, sequence_id: int, grammar: str, ends: Sequence[int]) -> None:
         """Let ``take`` give the state of a sequence that *ends* by these tokens."""
         self._wake_up = self._wake_up or wake_up()
-        self._compilers.submit(self._answer, sequence_id, grammar, ends)
+        self._asked[sequence_id] = self._compilers.submit(self._answer, sequence_id, grammar, ends)
+
+    def give_up(self, sequence_id: int) -> None:
+        """Ask no more for the state of a sequence; it may still be given."""
+        future = self._asked.pop(sequence_id, None)
+        if future:
+            future.cancel()
 
     def take(self) -> list[tuple[int, GrammarState | str]]:
         """Return the states that were asked for and are ready, or why there is none."""
@@ -177,7 +193,10 @@ class Grammars:
             count = os.eventfd_read(self._wake_up.fd)
         except BlockingIOError:
             return []
-        return [self._outcomes.get_nowait() for _ in range(count)]
+        taken = [self._outcomes.get_nowait() for _ in range(count)]
+        for sequence_id, _ in taken:
+            self._asked.pop(sequence_id, None)
+        return taken
 
     def masks(self, asked: Sequence[Asked]) -> Future[list[list[Tensor]]]:
         """Begin to compute ``GrammarState.masks`` of each; none may be touched until then."""
@@ -199,7 +218,7 @@ class Grammars:
             outcome = self._state(grammar, ends)
         except (CheckpointError, ValueError) as exc:
             outcome = str(exc)[:MAX_WORDS]
-        except Exception as exc:  # noqa: BLE001 - one sequence fails, the thread goes on
+        except BaseException as exc:  # noqa: BLE001 - also a panic: somebody waits for the answer
             _log.exception("a grammar could not be compiled")
             outcome = f"it could not be compiled: {type(exc).__name__}"
         with self._lock:

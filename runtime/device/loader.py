@@ -58,6 +58,9 @@ from cortex.runtime.device.vocabulary import Vocabulary
 from cortex.runtime.device.workspace import Workspace, measure_workspace
 
 PROGRESS_SECONDS = 0.1
+CUDA_LIBRARY_BYTES = 256 * 2**20
+"""Reserved for what CUDA takes after a load: workspaces of cuBLAS, graphs, kernel modules.
+Reckoned, not measured yet."""
 _log = structlog.get_logger()
 
 
@@ -232,6 +235,7 @@ class Loader:
         has_graphs = self._device.type == "cuda" and self._options.cuda_graphs
         if self._device.type == "cuda":
             beside_bytes += kv_bytes_per_token(model) * BLOCK_TOKENS  # the scratch block
+            beside_bytes += CUDA_LIBRARY_BYTES
         return measure_workspace(
             model,
             self._device,

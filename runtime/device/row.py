@@ -42,6 +42,12 @@ class Row(NamedTuple):
         return self.sampling.temperature > 0 and self.forced is None and not self.is_changed
 
     @property
+    def is_likeliest(self) -> bool:
+        """Whether all that is asked for is the likeliest token by the logits of the model."""
+        is_greedy = self.sampling.temperature == 0 and self.forced is None
+        return is_greedy and not self.is_changed and not self.wants_logprobs
+
+    @property
     def wants_logprobs(self) -> bool:
         """Whether the log probability of the token is asked for."""
         return self.sampling.top_logprobs is not None

@@ -98,7 +98,6 @@ def sample(logits: Tensor, rows: Sequence[Row]) -> list[Chosen]:
     return choice.read([tensor.cpu() for tensor in choice.tensors])
 
 
-@torch.inference_mode()
 def choose(logits: Tensor, rows: Sequence[Row]) -> Choice:
     """[R, V] float32 -> R tokens. On a GPU all of it is only queued: nothing is waited for."""
     kernels = kernels_for(logits)
@@ -111,6 +110,9 @@ def choose_by_kernels(kernels: CpuKernels, logits: Tensor, rows: Sequence[Row]) 
     """``choose`` by compiled operations: of a CPU, float32."""
     asks = Asks(len(rows))
     for row in rows:
+        if row.is_likeliest:
+            asks.add_likeliest()
+            continue
         sampling, counts = row.sampling, row.counts
         asks.add(
             temperature=sampling.temperature,

@@ -127,7 +127,7 @@ def test_a_parameter_without_effect_is_accepted(name: str) -> None:
         ("tools", {"type": "function"}),
         ("tool_choice", 3),
         ("tool_choice", "any"),
-        ("tool_choice", {"type": "allowed_tools"}),
+        ("tool_choice", {"type": "function", "function": {}}),
         ("tool_choice", "required"),
         ("response_format", {"type": "grammar"}),
         ("response_format", {"type": "json_schema"}),
@@ -249,6 +249,21 @@ OFFERED = [{"type": "function", "function": {**LOOK, "strict": True}}]
 @pytest.mark.parametrize("choice", ["required", NAMED])
 def test_a_call_may_be_demanded_of_a_tool_that_is_there(choice: object) -> None:
     assert chat(tools=OFFERED, tool_choice=choice).offered_tools == OFFERED
+
+
+@pytest.mark.parametrize("kind", ["allowed_tools", "custom", 3])
+def test_a_choice_of_another_kind_is_refused_as_not_supported(kind: object) -> None:
+    with pytest.raises(UnsupportedParameter, match=f"type {kind!r} is not supported") as refusal:
+        chat(tools=OFFERED, tool_choice={"type": kind, kind: {"mode": "auto"}})
+
+    assert refusal.value.param == "tool_choice"
+
+
+def test_a_format_of_a_text_completion_is_refused_with_what_there_is_instead() -> None:
+    with pytest.raises(UnsupportedParameter, match="use 'structured_outputs'") as refusal:
+        text(response_format={"type": "json_object"})
+
+    assert refusal.value.param == "response_format"
 
 
 def test_a_tool_that_is_named_and_not_there_is_refused() -> None:

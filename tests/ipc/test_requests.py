@@ -4,7 +4,8 @@ import msgspec
 import pytest
 
 from cortex.ipc.errors import InvalidRequest, MalformedJson, UnsupportedParameter
-from cortex.ipc.requests import Parameters, decode_body
+from cortex.ipc.node_api import ClearPrefixCacheRequest
+from cortex.ipc.requests import Parameters, decode_body, decode_object
 
 PARAMETERS = Parameters(
     without_effect=frozenset({"user"}),
@@ -79,3 +80,20 @@ def test_what_is_wrong_with_the_whole_has_no_place() -> None:
 def test_a_body_that_is_not_json_is_malformed() -> None:
     with pytest.raises(MalformedJson):
         decode_body(b"{", Ask)
+
+
+@pytest.mark.parametrize("half", [r"\ud800", r"\uD83e x", r"\udc00", r"\ud800\u0041"])
+def test_half_a_character_is_refused_as_that(half: str) -> None:
+    with pytest.raises(MalformedJson, match="half of a surrogate pair"):
+        decode_object(f'{{"a": "{half}"}}'.encode())
+
+
+def test_a_pair_and_a_body_that_is_cut_are_not_half_a_character() -> None:
+    assert decode_object(rb'{"a": "\ud83e\udd8a"}') == {"a": "\U0001f98a"}
+    with pytest.raises(MalformedJson, match="truncated"):
+        decode_object(rb'{"a": "\ud83e\udd8a"')
+
+
+def test_an_empty_body_is_answered_with_the_one_that_is_wanted() -> None:
+    with pytest.raises(MalformedJson, match=r'it is empty, and must be \{"model_id": \.\.\.\}'):
+        decode_body(b" ", ClearPrefixCacheRequest)

@@ -89,23 +89,40 @@ def test_a_call_that_was_taken_back_is_none() -> None:
     assert (of.finish_reason, of.calls) == ("stop", 0)
 
 
-def test_an_answer_cut_at_its_limit_within_a_call_says_so() -> None:
-    of = answer(tools())
+def test_an_answer_cut_at_its_limit_within_a_call_has_what_came_of_it() -> None:
+    of = answer(ReasoningReader(REASONING["think"], tools(), is_open=False))
 
     pieces = read(
         of, call("look", "{}") + '<tool_call>{"name": "go", "arguments": {"to', Flag.LENGTH
     )
 
-    assert (of.finish_reason, of.calls) == ("length", 1)
-    assert of.cut_call is pieces[-1]
+    assert joined(pieces) == [["call", 0, "look", "{}"], ["call", 1, "go", '{"to']]
+    assert (of.finish_reason, of.calls) == ("length", 2)
 
 
 def test_a_call_that_is_malformed_before_the_cut_was_not_cut() -> None:
-    of = answer(tools())
+    of = answer(tools(), stop="STOP")
 
-    read(of, call("look", "{oh}") + "And more", Flag.LENGTH)
+    read(of, call("look", "{oh}") + call("go", "{}") + "STOP")
 
-    assert (of.finish_reason, of.cut_call) == ("length", None)
+    assert (of.finish_reason, of.calls) == ("tool_calls", 1)
+
+
+@pytest.mark.parametrize(
+    "cut",
+    ["<tool", "<tool_call>", '<tool_call>\n{"name": "go", "argu', "<thi", call("go", "{}") + "<t"],
+)
+@pytest.mark.parametrize(("finish", "stop"), [(Flag.LENGTH, ""), (None, "STOP")])
+def test_what_a_cut_leaves_of_a_marker_is_no_text_where_calls_are_demanded(
+    cut: str, finish: Flag | None, stop: str
+) -> None:
+    reader = ReasoningReader(REASONING["think"], tools(), is_open=False)
+    of = answer(reader, stop=stop, is_calls_only=True)
+
+    pieces = read(of, cut + stop, finish)
+
+    assert [piece for piece in joined(pieces) if piece[0] == "Text"] == []
+    assert of.finish_reason is not None
 
 
 def test_a_stop_string_within_a_call_cuts_it() -> None:
@@ -114,7 +131,6 @@ def test_a_stop_string_within_a_call_cuts_it() -> None:
     read(of, call("look", '{"at": "STOP"}'), finish=None)
 
     assert (of.finish_reason, of.stop_reason) == ("stop", "STOP")
-    assert of.cut_call is not None
 
 
 def test_the_only_call_that_is_wanted_ends_the_answer_where_a_second_would_begin() -> None:
@@ -123,6 +139,15 @@ def test_the_only_call_that_is_wanted_ends_the_answer_where_a_second_would_begin
     pieces = read(of, call("look", "{}") + call("go", "{}"))
 
     assert joined(pieces) == [["call", 0, "look", "{}"]]
+    assert (of.finish_reason, of.calls) == ("tool_calls", 1)
+
+
+def test_a_second_call_in_the_last_token_of_an_answer_is_not_why_it_ended() -> None:
+    of = answer(tools(), is_one_call=True)
+    text = call("look", "{}") + '<tool_call>{"name": "go", "arguments": {'
+
+    read(of, text, Flag.LENGTH)
+
     assert (of.finish_reason, of.calls) == ("tool_calls", 1)
 
 

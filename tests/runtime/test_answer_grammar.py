@@ -10,14 +10,13 @@ import pytest
 from cortex.ipc.errors import InvalidRequest
 from cortex.runtime.answer_grammar import of_answer
 from cortex.runtime.conversation import CallDemand
-from cortex.runtime.grammar_check import GrammarCheck
 from cortex.runtime.pieces import CallArguments, CallBegins, Text
 from cortex.runtime.reasoning import FORMATS as REASONING
 from cortex.runtime.structured import MAX_GRAMMAR_BYTES, Demand
 from cortex.runtime.tool_calls import ToolCallReader
 from cortex.runtime.tool_formats import FORMATS
 from cortex.runtime.tool_grammars import OfferedTool
-from tiny_grammar import ByteVocabulary, is_over_after, reads
+from tiny_grammar import ByteVocabulary, is_over_after, reads, refuse_bad
 
 LOOK: dict[str, Any] = {
     "type": "object",
@@ -91,7 +90,7 @@ def grammar(
         is_open=is_open,
     )
     assert found is not None
-    GrammarCheck().refuse_bad(found, vocabulary, "here")
+    refuse_bad(found, vocabulary, "here")
     return found
 
 

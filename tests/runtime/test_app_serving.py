@@ -9,9 +9,9 @@ import pytest
 from structlog.testing import capture_logs
 
 from cortex.ipc.taps import socket_path
-from cortex.runtime.config import NeuronConfig, TapsConfig
+from cortex.runtime.config import DeviceSpec, EngineConfig, NeuronConfig, TapsConfig
 from cortex.runtime.routes import SERVICES, Services
-from cortex.runtime.serving import CannotListen, Stop, _tap, bind, run
+from cortex.runtime.serving import CannotListen, Stop, _tap, bind, run, say_what_has_no_effect
 from fake_node import FakeNode, application, says
 from fakes import until
 
@@ -93,6 +93,26 @@ async def test_what_does_not_finish_in_time_is_cut_off(hurried: bool) -> None:
                 never.set()
 
     assert "requests cut off by the stop" in [line["event"] for line in lines]
+
+
+SET_FOR_GPUS = EngineConfig(attention="torch", cuda_graphs=False, batch_invariant=True)
+
+
+@pytest.mark.parametrize(
+    ("engine", "device", "options"),
+    [
+        (SET_FOR_GPUS, "cpu:0", [["attention", "batch_invariant", "cuda_graphs"]]),
+        (EngineConfig(speculation=False), "cpu:0", []),
+        (SET_FOR_GPUS, "cuda:0", []),
+    ],
+)
+def test_options_of_a_gpu_where_there_is_none_are_one_line_at_the_start(
+    engine: EngineConfig, device: str, options: list[list[str]]
+) -> None:
+    with capture_logs() as lines:
+        say_what_has_no_effect(engine, [DeviceSpec(0, device, 2**30)])
+
+    assert [line["options"] for line in lines] == options
 
 
 async def test_two_signals_before_the_drain_hurry_it_as_well() -> None:

@@ -128,6 +128,32 @@ def test_a_tap_without_a_neuron_is_one_sentence(tmp_path: Path) -> None:
 
     assert result.exit_code == 1
     assert result.output.startswith(f"neuron: no neuron publishes in {tmp_path}")
+    assert "--listen HOST:PORT, or NEURON_LISTEN" in result.output
+
+
+def test_a_tap_is_asked_for_the_neuron_that_listens_elsewhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+
+    result = runner.invoke(cli.app, ["tap", "--listen", "127.0.0.1:8123"])
+
+    assert "taps-8123:" in result.output
+
+
+@pytest.mark.parametrize("topic", ["requests", "command.lod_model", "Step"])
+def test_a_topic_that_is_none_is_answered_with_those_there_are(topic: str) -> None:
+    result = runner.invoke(cli.app, ["tap", "step", topic])
+
+    assert result.exit_code == 2
+    assert result.output.startswith(f"neuron: there is no topic {topic!r}")
+    assert all(word in result.output for word in ("request", "step", "event.model_loaded"))
+
+
+def test_the_help_of_a_tap_names_the_topics() -> None:
+    words = runner.invoke(cli.app, ["tap", "--help"]).output
+
+    assert "Topics are request, step, command.NAME and event.NAME" in words
 
 
 def test_a_tap_with_a_wrong_configuration_is_exit_2() -> None:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from cortex.ipc.errors import (
     ContextLengthExceeded,
+    GrammarFailed,
     InvalidRequest,
     ModelNotFound,
     NodeFailed,
@@ -276,6 +277,7 @@ async def test_what_concerns_the_whole_process_is_left_to_its_owner(talk: Talk) 
     [
         ("context_length_exceeded", ContextLengthExceeded),
         ("token_out_of_range", InvalidRequest),
+        ("grammar_failed", GrammarFailed),
         ("out_of_memory", Overloaded),
         ("model_not_loaded", ModelNotFound),
         ("unhealthy_logits", NodeFailed),

@@ -1,5 +1,8 @@
 """Metrics in the names that dashboards for vLLM know, and never a label that a client chose."""
 
+from typing import Any
+
+import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from cortex.ipc.node_api import DeviceHealth, Health, ModelLoad
@@ -123,6 +126,21 @@ async def test_two_apps_do_not_count_together() -> None:
     assert ("vllm:prompt_tokens_total", "m") not in samples(second.render().decode())
 
 
+@pytest.mark.parametrize(
+    "more", [{"max_tokens": 0}, {"response_format": {"type": "xml"}}, {"model": 3}]
+)
+async def test_what_is_refused_before_its_model_is_known_is_counted(more: dict[str, Any]) -> None:
+    body = {"model": "m", "messages": [{"role": "user", "content": "Hello"}], **more}
+    async with serving(FakeNode("m")) as client:
+        async with client.post("/v1/chat/completions", json=body) as response:
+            assert response.status == 400
+        async with client.get("/metrics") as response:
+            text = await response.text()
+
+    assert 'neuron:requests_total{model_name="",status="400"} 1.0' in text
+    assert samples(text).keys() & {("vllm:prompt_tokens_total", "")} == set()
+
+
 async def test_a_model_that_a_client_made_up_is_no_label() -> None:
     async with serving(FakeNode("m")) as client:
         for model in ("m", "made-up"):
@@ -134,4 +152,5 @@ async def test_a_model_that_a_client_made_up_is_no_label() -> None:
             assert response.content_type == "text/plain"
 
     assert samples(text)["vllm:request_success_total", "m"] == 1
+    assert samples(text)["neuron:requests_total", ""] == 1
     assert "made-up" not in text

@@ -5,16 +5,15 @@ from __future__ import annotations
 import json
 from typing import Any
 
-import llguidance
 import msgspec
 import pytest
 
 from cortex.ipc import openai
 from cortex.ipc.errors import InvalidRequest
 from cortex.runtime.answer_grammar import of_text
-from cortex.runtime.grammar_check import GrammarCheck, fault_of
+from cortex.runtime.grammar_costs import MAX_NAME_PATTERNS, MAX_TOGETHER
 from cortex.runtime.structured import MAX_GRAMMAR_BYTES, Demand, demand_of, json_rule
-from tiny_grammar import ByteVocabulary, is_over_after, reads
+from tiny_grammar import ByteVocabulary, is_over_after, reads, refuse_bad
 
 BYTES = ByteVocabulary("<|end|>", "<|call|>")
 PERSON = {
@@ -40,7 +39,7 @@ def grammar_of(**more: object) -> str:
     demand = demand_of(asked(**more))
     assert demand is not None
     grammar = of_text(demand)
-    GrammarCheck().refuse_bad(grammar, BYTES, demand.place)
+    refuse_bad(grammar, BYTES, demand.place)
     return grammar
 
 
@@ -140,6 +139,14 @@ SCHEMA_PLACE = "response_format.json_schema.schema"
             "no text",
         ),
         ({"structured_outputs": {"grammar": 'start: ""'}}, "structured_outputs.grammar", "no text"),
+        *(
+            (
+                {"structured_outputs": {"grammar": f'start: a\n{rule}temperature=0.2]: "x"'}},
+                "structured_outputs.grammar",
+                "temperature",
+            )
+            for rule in ("a [", "?a[", "!a[", 'a[capture="]", ')
+        ),
     ],
 )
 def test_what_cannot_be_enforced_is_refused_by_its_place_and_in_words(
@@ -153,6 +160,57 @@ def test_what_cannot_be_enforced_is_refused_by_its_place_and_in_words(
     assert "start: %json" not in str(refusal.value)
 
 
+PATTERNS = [f".*a.{{{n}}}" for n in range(MAX_TOGETHER + 1)]
+TOGETHER = {"allOf": [{"pattern": pattern} for pattern in PATTERNS]}
+CHAINED = {
+    "$defs": {
+        f"d{n}": {"pattern": pattern, "$ref": f"#/$defs/d{n + 1}"}
+        for n, pattern in enumerate(PATTERNS)
+    },
+    "$ref": "#/$defs/d0",
+}
+NESTED: dict[str, Any] = {"type": "string"}
+for pattern in PATTERNS:
+    NESTED = {"pattern": pattern, "anyOf": [NESTED]}
+NAMES: dict[str, Any] = {"patternProperties": {f"^k{n}$": {} for n in range(MAX_NAME_PATTERNS + 1)}}
+RULES = "start: A\nA: " + " & ".join(f"/{pattern}/" for pattern in [*PATTERNS, "b"])
+
+
+@pytest.mark.parametrize(
+    ("more", "words"),
+    [
+        (with_schema(TOGETHER), "11 patterns and formats"),
+        (with_schema({"properties": {"a": {"items": TOGETHER}}}), "11 patterns and formats"),
+        (with_schema(CHAINED), "11 patterns and formats"),
+        (with_schema(NESTED), "11 patterns and formats"),
+        (with_schema(NAMES), "65 patternProperties"),
+        ({"structured_outputs": {"grammar": RULES}}, "11 patterns joined"),
+        (
+            {"structured_outputs": {"grammar": f"start: %json {json.dumps(TOGETHER)}"}},
+            "11 patterns and formats",
+        ),
+    ],
+)
+def test_what_takes_very_long_to_read_is_refused_unread(
+    more: dict[str, object], words: str
+) -> None:
+    with pytest.raises(InvalidRequest, match=words):
+        demand_of(asked(**more))
+
+
+@pytest.mark.parametrize(
+    "more",
+    [
+        with_schema({"properties": {f"p{n}": {"pattern": p} for n, p in enumerate(PATTERNS)}}),
+        with_schema({"allOf": [{"pattern": "b"}] * 2 * MAX_TOGETHER}),
+        {"structured_outputs": {"grammar": 'start: "&&&&&&" /&&&&&&/'}},
+        {"structured_outputs": {"grammar": 'start: "a%json {"'}},
+    ],
+)
+def test_patterns_that_do_not_meet_are_no_cost(more: dict[str, object]) -> None:
+    grammar_of(**more)
+
+
 @pytest.mark.parametrize("depth", [200, 100_000])
 def test_a_schema_that_is_nested_too_deeply_is_refused_by_its_place(depth: int) -> None:
     schema: dict[str, Any] = {"type": "integer"}
@@ -160,9 +218,7 @@ def test_a_schema_that_is_nested_too_deeply_is_refused_by_its_place(depth: int) 
         schema = {"type": "array", "items": schema}
 
     with pytest.raises(InvalidRequest, match=r"nested too deeply|recursion") as refusal:
-        GrammarCheck().refuse_bad(
-            of_text(Demand(f"start: {json_rule(schema, 'here')}", "here")), BYTES, "here"
-        )
+        refuse_bad(of_text(Demand(f"start: {json_rule(schema, 'here')}", "here")), BYTES, "here")
 
     assert refusal.value.param == "here"
 
@@ -172,18 +228,4 @@ def test_what_llguidance_would_only_warn_of_is_refused() -> None:
     demand = Demand(f"start: %json {lenient}", "here")
 
     with pytest.raises(InvalidRequest, match='"not"'):
-        GrammarCheck().refuse_bad(of_text(demand), BYTES, demand.place)
-
-
-def test_a_grammar_is_read_once_as_long_as_it_is_among_the_last() -> None:
-    read: list[str] = []
-
-    def note(grammar: str, vocabulary: llguidance.LLTokenizer) -> str:
-        read.append(grammar)
-        return fault_of(grammar, vocabulary)
-
-    check = GrammarCheck(kept=2, read=note)
-    for grammar in "abacba":
-        check.refuse_bad(of_text(Demand(f'start: "{grammar}"', "here")), BYTES, "here")
-
-    assert [json.loads(it)["grammars"][1]["lark_grammar"][-2] for it in read] == [*"abcba"]
+        refuse_bad(of_text(demand), BYTES, demand.place)

@@ -12,6 +12,7 @@ import openai
 import pytest
 from pydantic import BaseModel
 
+from cortex.ipc.errors import GrammarFailed
 from cortex.runtime.chat import Chat, ChatOptions
 from cortex.runtime.chat_template import ChatTemplate
 from cortex.runtime.served_model import Limits
@@ -276,3 +277,28 @@ async def test_a_type_beside_tools_is_an_answer_or_a_call() -> None:
     grammar = node.asked[0][2].grammar
     assert grammar is not None
     assert reads(grammar, CALL.replace('"look"', '"Look"'), BYTES)
+
+
+@pytest.mark.parametrize("is_streamed", [False, True])
+async def test_a_grammar_that_fails_on_the_device_is_the_requests_fault(is_streamed: bool) -> None:
+    body = {**ASK, "structured_outputs": {"choice": ["a"]}, "stream": is_streamed}
+    async with posting(
+        node_that([GrammarFailed("lexer error")]), "/v1/chat/completions", body
+    ) as response:
+        status, raw = response.status, await response.text()
+
+    assert status == (200 if is_streamed else 400)
+    frame = raw.strip().rsplit("data: ", 1)[-1]
+    error = json.loads(frame)["error"]
+    assert (error["code"], error["param"]) == ("invalid_request", "structured_outputs.choice")
+
+
+async def test_a_grammar_that_would_fail_on_the_device_is_refused_before() -> None:
+    node = node_that(says("Yes."))
+    body = {**ASK, "structured_outputs": {"regex": "(a{1000}){1000}"}}
+    status, answer = await posted(node, "/v1/chat/completions", body)
+
+    assert status == 400
+    assert "too many expressions" in answer["error"]["message"]
+    assert answer["error"]["param"] == "structured_outputs.regex"
+    assert node.asked == []

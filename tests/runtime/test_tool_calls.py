@@ -305,17 +305,26 @@ def test_what_follows_a_broken_call_is_numbered_on() -> None:
 
 
 @pytest.mark.parametrize(
-    "answer",
+    ("answer", "sent"),
     [
-        '<tool_call>{"name": "add", "arguments": {"a": 1',
-        '<tool_call>{"name": "add", "arguments": {"a": 1}',
-        "<function=add><parameter=a>1</parameter>",
+        ('<tool_call>{"name": "add", "arguments": {"a": 1', '{"a": 1'),
+        ('<tool_call>{"name": "add", "arguments": {"a": 1}', '{"a": 1}'),
+        ("<function=add><parameter=a>1</parameter>", '{"a": '),
     ],
 )
-def test_a_call_that_was_cut_is_not_closed_for_it(answer: str) -> None:
-    said, _ = read("qwen_xml", answer, ended=False)
+def test_a_call_that_was_cut_is_what_came_of_it(answer: str, sent: str) -> None:
+    assert read("qwen_xml", answer, ended=False)[0] == call(0, "add", sent)
 
-    assert said[-1] == ("malformed", "0", answer)
+
+@pytest.mark.parametrize(
+    ("form", "answer"),
+    [
+        ("hermes", '<tool_call>\n{"name": "now", "arguments": {}}\n</tool_ca'),
+        ("mistral", '[TOOL_CALLS][{"name": "now", "arguments": {}}, {"name": "ad'),
+    ],
+)
+def test_what_a_cut_leaves_behind_a_call_in_its_block_is_nothing(form: str, answer: str) -> None:
+    assert read(form, answer, ended=False)[0] == call(0, "now", "{}")
 
 
 def test_a_block_that_was_cut_before_its_call_began_is_text() -> None:
@@ -385,6 +394,8 @@ def test_arguments_are_always_the_beginning_of_an_object(
     said, _ = read(form, answer, range(1, len(answer)), ended=ended)
 
     broken = {one[1] for one in said if one[0] == "malformed"}
+    if not ended:
+        broken |= {one[1] for one in said[-1:] if one[0] == "arguments"}  # it may have been cut
     for one in said:
         if one[0] == "arguments" and one[1] in broken:
             judged = JsonText()

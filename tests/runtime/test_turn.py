@@ -166,6 +166,7 @@ def split(draw: st.DrawFn, records: list[TokenRecord]) -> list[list[TokenRecord]
     return [records[a:b] for a, b in itertools.pairwise(edges) if a < b]
 
 
+TOOLS_OFFERED = [{"type": "function", "function": {"name": name}} for name in OFFERED]
 OPTIONS: list[dict[str, Any]] = [
     {},
     {"stop": "the end"},
@@ -173,6 +174,7 @@ OPTIONS: list[dict[str, Any]] = [
     {"logprobs": True, "top_logprobs": 2},
     {"logprobs": True, "stop": ["the end", "日本"]},
     {"parallel_tool_calls": False},
+    {"tool_choice": "required", "tools": TOOLS_OFFERED, "stop": "fox"},
 ]
 
 
@@ -200,10 +202,6 @@ def test_a_chat_is_the_same_streamed_or_not_and_however_its_tokens_arrive(
         assert '"arguments"' in whole["message"]["content"]
         return
     assert without_ids(asking.streamed(one_by_one)) == streamed
-    if whole["finish_reason"] != "tool_calls" and '"arguments"' in (
-        whole["message"]["content"] or ""
-    ):
-        return  # a call that was cut off: the stream has shown as much of it as there was
     assert streamed == whole
 
 
@@ -224,6 +222,34 @@ def test_a_completion_is_the_same_streamed_or_not_and_however_its_tokens_arrive(
     assert asking.whole(data.draw(split(records))) == whole
     assert asking.streamed(data.draw(split(records))) == whole
     assert text.startswith(whole["text"])
+
+
+@pytest.mark.parametrize(
+    ("said", "arguments"),
+    [
+        ('<tool_call>\n{"name": "look", "arguments": {"at": "the ', '{"at": "the '),
+        ('<tool_call>\n{"name": "look", "argum', None),
+        ('<tool_call>\n{"name": "look", "arguments": {}}\n</tool_call', "{}"),
+    ],
+)
+@pytest.mark.parametrize(("reason", "more"), [("length", ""), ("stop", "fox")])
+def test_a_demanded_call_that_was_cut_shows_no_markup(
+    said: str, arguments: str | None, reason: str, more: str
+) -> None:
+    options = {"tool_choice": "required", "tools": TOOLS_OFFERED}
+    asking = Asking(request(is_chat=True, stop="fox", **options))
+    records = records_of(said + more, Flag.LENGTH)
+
+    whole = without_ids(asking.whole([records]))
+
+    assert without_ids(asking.streamed([[record] for record in records])) == whole
+    calls = whole["message"].get("tool_calls", [])
+    assert [call["function"]["arguments"] for call in calls] == [arguments] * len(calls)
+    assert bool(calls) == (arguments is not None)
+    assert not whole["message"]["content"]
+    assert whole["finish_reason"] == (
+        "tool_calls" if (arguments, more) == ("{}", "fox") else reason
+    )
 
 
 def test_an_answer_that_just_stops_is_none() -> None:

@@ -188,7 +188,7 @@ async def test_nobody_there_and_nobody_answering_are_errors() -> None:
         gone = await Endpoint(session, url, "m", {}).ask(Planned(0.0, 0, 1, 1), "", 0.0)
 
     assert late.error == "timeout"
-    assert gone.error == "connection: ClientConnectorError"
+    assert gone.error == f"nothing answers at {url.removeprefix('http://')}"
 
 
 async def test_two_questions_tell_what_a_word_is(session: aiohttp.ClientSession) -> None:
@@ -284,13 +284,17 @@ def test_where_nothing_ended_well_the_status_says_so(
     assert "1 x timeout" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("more", [[], ["--model", "m"]])
 def test_a_server_that_is_not_there_ends_it_in_words(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    more: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["bench-serve", "--base-url", "http://127.0.0.1:1"])
+    command = ["bench-serve", "--base-url", "http://127.0.0.1:1", *more]
+    monkeypatch.setattr(sys, "argv", command)
 
     assert bench_serve.main() == 1
-    assert "names no model" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "nothing answers at 127.0.0.1:1" in said
+    assert "ClientConnectorError" not in said
 
 
 @pytest.mark.parametrize("words", [["--rate", "0"], ["--input-tokens", "some"]])

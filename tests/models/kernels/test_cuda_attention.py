@@ -332,6 +332,14 @@ def test_a_trial_finds_an_attention_that_does_not_work(attend: Attend, reason: s
     assert "\n" not in str(raised.value)
 
 
+def test_plain_torch_refuses_before_it_spoils_a_capture(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    asked: Any = SimpleNamespace(is_cuda=True)  # nothing else of it is looked at
+
+    with pytest.raises(RuntimeError, match="asks the device"):
+        reference.attention(asked, asked, asked, asked, 1.0)
+
+
 def test_a_trial_lets_pass_what_agrees() -> None:
     def fine(q: Tensor, keys: Tensor, values: Tensor, batch: Batch, scale: float) -> Tensor:
         return reference.attention(q, keys, values, batch, scale)

@@ -278,6 +278,8 @@ def test_a_step_that_fails_ends_its_sequences_and_the_engine_goes_on() -> None:
         MemoryError(),
         RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
         torch.AcceleratorError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
     ],
 )
 def test_a_step_out_of_memory_ends_only_the_youngest(error: Exception) -> None:
@@ -301,6 +303,7 @@ def test_a_step_out_of_memory_ends_only_the_youngest(error: Exception) -> None:
         RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED"),
         RuntimeError("CUDA driver error: unknown error"),
         RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+        RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
     ],
 )
 def test_a_fault_of_the_device_is_no_fault_of_a_sequence(error: Exception) -> None:

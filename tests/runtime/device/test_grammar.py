@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from itertools import product
 from pathlib import Path
 
+import llguidance
 import pytest
 from tokenizers import AddedToken
 from torch import Tensor
@@ -207,6 +208,13 @@ def test_a_token_that_the_grammar_does_not_allow_ends_in_a_fault(grammars: Gramm
     assert masks(grammars, state, ord("a")) == [set(), set()]
 
 
+def test_a_guess_at_what_follows_leaves_a_control_token_to_come(grammars: Grammars) -> None:
+    state = state_of(grammars, f'start: <[{CALL}]> "x"')
+
+    assert state.likely() == []
+    assert allowed(grammars, state) == {CALL}
+
+
 def test_a_grammar_that_derives_nothing_is_a_fault_of_its_first_mask(grammars: Grammars) -> None:
     state = state_of(grammars, "start: start")
 
@@ -244,6 +252,46 @@ def test_a_model_without_a_vocabulary_says_so() -> None:
 
     assert asked(grammars, 'start: "a"') == ["the model has no vocabulary"]
     grammars.close()
+
+
+def test_a_grammar_that_nobody_waits_for_any_more_is_not_compiled() -> None:
+    is_read, may_go_on = threading.Event(), threading.Event()
+
+    def read() -> Vocabulary:
+        is_read.set()
+        assert may_go_on.wait(20.0)
+        return vocabulary()
+
+    grammars = Grammars(read, SIZE)
+    for number in range(3):
+        grammars.ask(number, of_text(Demand(f'start: "{number}"', "here")), (END,))
+    assert is_read.wait(20.0)
+    for number in (0, 1):  # the first is under way
+        grammars.give_up(number)
+    may_go_on.set()
+    told: list[int] = []
+    while 2 not in told:
+        assert select.select(grammars.fds, [], [], 20.0)[0], "nothing comes"
+        told += [number for number, _ in grammars.take()]
+    grammars.close()
+
+    assert told == [0, 2]
+    assert len(grammars._compiled) == 2
+
+
+class Panic(BaseException):
+    """What Rust's panics become is no Exception."""
+
+
+def test_a_panic_is_answered_like_any_other_failure() -> None:
+    def read() -> Vocabulary:
+        raise Panic
+
+    grammars = Grammars(read, SIZE)
+    [outcome] = asked(grammars, 'start: "a"')
+    grammars.close()
+
+    assert outcome == "it could not be compiled: Panic"
 
 
 def test_the_vocabulary_is_read_once_and_at_the_first_grammar() -> None:
@@ -300,6 +348,42 @@ def test_what_has_to_come_next_is_guessed_in_long_tokens(grammars: Grammars) -> 
     assert words() == []
     state.accept(CALL)
     assert (bool(state.fault), words()) == (True, [])
+
+
+class CountedMatcher:
+    """A matcher that counts how often it was asked for the text that has to come next."""
+
+    def __init__(self, matcher: llguidance.LLMatcher) -> None:
+        self._matcher = matcher
+        self.asked = 0
+
+    def __getattr__(self, name: str) -> object:
+        return getattr(self._matcher, name)
+
+    def deep_copy(self) -> llguidance.LLMatcher:
+        """Return what is asked for it."""
+        self.asked += 1
+        return self._matcher.deep_copy()
+
+
+def test_a_long_text_that_has_to_come_is_looked_for_once(grammars: Grammars) -> None:
+    tokenizer = grammars._tokenizer()
+    lark = f'start: "{"ab" * 1000}" /b?/ "aa"'
+    matcher = CountedMatcher(llguidance.LLMatcher(tokenizer, of_text(Demand(lark, "here"))))
+    state = GrammarState(matcher, tokenizer, SIZE, (END,))  # type: ignore[arg-type]
+
+    for _ in range(999):
+        assert TINY.texts[state.likely()[0]] == b"ab"
+        state.accept(TINY.texts.index(b"ab"))
+    assert matcher.asked == 1
+
+    state.accept(TINY.texts.index(b"a"))
+    assert TINY.texts[state.likely()[0]] == b"b"
+    assert matcher.asked == 1
+    state.accept(TINY.texts.index(b"b"))
+    assert state.likely() == []
+    state.accept(TINY.texts.index(b"b"))
+    assert TINY.texts[state.likely()[0]] == b"aa"
 
 
 def test_what_is_compiled_when_the_model_goes_tells_nobody() -> None:

@@ -10,6 +10,7 @@ from cortex.ipc.engine_options import EngineOptions
 from cortex.ipc.messages import Failed, Generate, LoadModel, LoadProgress, ModelLoaded
 from cortex.models.checkpoints.errors import CheckpointError
 from cortex.models.kernels.cuda_attention import Unavailable
+from cortex.runtime.device.cuda import side_stream
 from cortex.runtime.device.loader import Loaded, Loader, LoadFailed, Outcome
 from cortex.runtime.device.memory import DeviceMemory
 from cortex.runtime.device.refusal import DeviceLost
@@ -192,6 +193,17 @@ def test_a_device_that_is_not_there_is_lost(load: FakeLoad, memory: DeviceMemory
 
     assert isinstance(outcome(loader, LoadModel(1, "m", "/m")), DeviceLost)
     loader.close()
+
+
+def test_all_loads_of_a_device_share_a_stream(monkeypatch: pytest.MonkeyPatch) -> None:
+    used: list[object] = []
+    monkeypatch.setattr(torch.cuda, "Stream", lambda _: object())
+    monkeypatch.setattr(torch.cuda, "stream", used.append)
+
+    for _ in range(2):
+        side_stream(torch.device("cuda:98"))
+
+    assert used[0] is used[1]
 
 
 def test_the_second_of_two_loads_sees_what_the_first_holds(
