@@ -20,6 +20,7 @@ MESSAGES = "/v1/messages"
 TABLE = [
     (errors.MalformedJson, 400, "malformed_json", 400, "invalid_request_error"),
     (errors.InvalidRequest, 400, "invalid_request", 400, "invalid_request_error"),
+    (errors.GrammarFailed, 400, "invalid_request", 400, "invalid_request_error"),
     (errors.MissingModelField, 400, "missing_model_field", 400, "invalid_request_error"),
     (errors.UnsupportedParameter, 400, "unsupported_parameter", 400, "invalid_request_error"),
     (errors.ContextLengthExceeded, 400, "context_length_exceeded", 400, "invalid_request_error"),

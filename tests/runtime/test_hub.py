@@ -1,6 +1,7 @@
 """A model of a hub: looked at before it is fetched, fetched by a child, found again offline."""
 
 import asyncio
+import contextlib
 import hashlib
 import json
 import os
@@ -573,8 +574,12 @@ def job_of(settings: HubSettings, model: RemoteModel) -> str:
 
 
 def sizes(cache: Path) -> dict[str, int]:
-    """Return how much of each blob is there."""
-    return {path.name: path.stat().st_size for path in cache.glob("models--acme--tiny/blobs/*")}
+    """Return how much of each blob is there; one may get its last name while we look."""
+    found = {}
+    for path in cache.glob("models--acme--tiny/blobs/*"):
+        with contextlib.suppress(FileNotFoundError):
+            found[path.name] = path.stat().st_size
+    return found
 
 
 def children(pid: int | None = None) -> list[int]:

@@ -35,8 +35,11 @@ def other_kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, cpu.Cpu
     return compiled
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def interpreted() -> Iterator[Interpreted]:
-    """Calls a function of ``triton_cases`` where Triton's kernels are interpreted."""
+    """Calls a function of ``triton_cases`` where Triton's kernels are interpreted.
+
+    Its process ends with the module: other tests look for processes that were left behind.
+    """
     with interpreter() as call:
         yield call
