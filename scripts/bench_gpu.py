@@ -34,8 +34,9 @@ from cortex.runtime.device.async_runner import AsyncRunner
 from cortex.runtime.device.cuda import reclaim
 from cortex.runtime.device.model_runner import BLOCK_TOKENS, ModelRunner, kv_bytes_per_token
 from cortex.runtime.device.row import Row
-from cortex.runtime.device.scheduler import TOKEN_BUDGETS, PlannedSequence, StepPlan
+from cortex.runtime.device.scheduler import TOKEN_BUDGETS
 from cortex.runtime.device.sequence import UNKNOWN
+from cortex.runtime.device.step_plan import PlannedSequence, StepPlan
 
 GIB = 2**30
 COPY_BYTES = {"cuda": GIB, "cpu": 2**26}

@@ -30,7 +30,7 @@ from cortex.models.kernels.program import Program
 from cortex.models.weights import LoadedModel, load_model
 from cortex.runtime.config import NeuronConfig
 from cortex.runtime.device.model_runner import BLOCK_TOKENS, make_batch
-from cortex.runtime.device.scheduler import PlannedSequence, StepPlan
+from cortex.runtime.device.step_plan import PlannedSequence, StepPlan
 from cortex.runtime.model_files import find
 
 CPU = torch.device("cpu")

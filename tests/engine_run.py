@@ -19,8 +19,8 @@ from cortex.runtime.device.grammar import Grammars
 from cortex.runtime.device.memory import Limits
 from cortex.runtime.device.model_runner import Launched, ModelRunner
 from cortex.runtime.device.row import Chosen, Row
-from cortex.runtime.device.scheduler import PlannedSequence, StepPlan
 from cortex.runtime.device.sequence import UNKNOWN
+from cortex.runtime.device.step_plan import PlannedSequence, StepPlan
 from engine_fakes import UNHEALTHY_TOKEN, FakeModel, RecallingModule, greedy
 
 Top = tuple[int, float]

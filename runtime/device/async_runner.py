@@ -33,8 +33,8 @@ from cortex.runtime.device.model_runner import (
     make_batch,
 )
 from cortex.runtime.device.row import Chosen, Row
-from cortex.runtime.device.scheduler import StepPlan
 from cortex.runtime.device.sequence import UNKNOWN
+from cortex.runtime.device.step_plan import StepPlan
 
 Fetch = Callable[[Sequence[Tensor]], Callable[[], Sequence[Tensor]]]
 

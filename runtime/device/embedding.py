@@ -18,7 +18,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cortex.runtime.device.scheduler import PlannedSequence
+from cortex.runtime.device.step_plan import PlannedSequence
 
 
 class Pooler:

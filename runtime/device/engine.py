@@ -41,8 +41,9 @@ from cortex.runtime.device.model_runner import BLOCK_TOKENS, Launched, Runner
 from cortex.runtime.device.refusal import DeviceLost, Refused
 from cortex.runtime.device.row import Chosen
 from cortex.runtime.device.sampling_bounds import refuse_bad_sampling
-from cortex.runtime.device.scheduler import PlannedSequence, Scheduler, StepPlan
+from cortex.runtime.device.scheduler import Scheduler
 from cortex.runtime.device.sequence import NO_ANSWER, Sequence
+from cortex.runtime.device.step_plan import PlannedSequence, StepPlan
 from cortex.runtime.device.step_rows import rows_of
 from cortex.runtime.device.vocabulary import without_vocabulary
 

@@ -16,7 +16,7 @@ from cortex.runtime.device.cuda import upload
 from cortex.runtime.device.memory import DEFAULT_SEQUENCES
 from cortex.runtime.device.row import Chosen, Row
 from cortex.runtime.device.sampler import sample
-from cortex.runtime.device.scheduler import StepPlan
+from cortex.runtime.device.step_plan import StepPlan
 
 BLOCK_TOKENS = 16
 

@@ -20,8 +20,6 @@ A plan may be made before the step before has told its tokens: each of them is t
 the plan, and its sequence, unless that token is its last for sure, goes on.
 
 An embedding is a sequence that is given no token: it ends when all of its tokens are computed.
-
-The plan is plain data, so that the ranks of a group can be sent it.
 """
 
 from __future__ import annotations
@@ -30,15 +28,11 @@ from bisect import insort
 from itertools import count as numbers
 from typing import TYPE_CHECKING
 
-import msgspec
-
-from cortex.ipc.messages import SamplingParams
 from cortex.ipc.ring import Flag
-from cortex.models.checkpoints.pooling import Pooling
 from cortex.runtime.device.block_pool import BlockPool
 from cortex.runtime.device.drafts import Costs, Drafter
 from cortex.runtime.device.sequence import Sequence
-from cortex.runtime.device.token_counts import TokenCounts
+from cortex.runtime.device.step_plan import PlannedSequence, StepPlan
 
 if TYPE_CHECKING:  # this file needs no torch
     from cortex.runtime.device.grammar import GrammarState
@@ -48,84 +42,6 @@ TOKEN_BUDGETS = {"cpu": 128, "cuda": 512}
 time of 512, so streams stall for less, and as many tokens a second (SmolLM2-135M, 2 cores)."""
 RESERVE_TOKENS = 64
 """The little that joining takes beyond the tokens known."""
-
-
-class PlannedSequence(msgspec.Struct, frozen=True):
-    """What one sequence brings to a step: tokens at positions from ``first_position`` on.
-
-    The last ``drafts`` of them are guesses of what comes after those known.
-    """
-
-    sequence_id: int
-    token_ids: list[int]
-    first_position: int
-    block_table: list[int]
-    is_last: bool
-    """All tokens known are computed then."""
-    sampling: SamplingParams
-    pooling: Pooling | None = None
-    """How an embedding makes one vector of all its tokens; None for a generation."""
-    counts: TokenCounts | None = None
-    """Of all tokens known, where penalties need them; a rank that is sent a plan keeps its own."""
-    forced: int | None = None
-    """The token that comes next whatever the logits say."""
-    drafts: int = 0
-
-    @property
-    def samples(self) -> bool:
-        """Whether the logits of the last of these tokens choose the next one."""
-        return self.is_last and self.pooling is None
-
-    @property
-    def rows(self) -> int:
-        """How many rows of logits it wants, of its last tokens."""
-        return 1 + self.drafts if self.samples else 0
-
-    @property
-    def drafted(self) -> list[int]:
-        """The guesses."""
-        return self.token_ids[len(self.token_ids) - self.drafts :]
-
-    @property
-    def end_position(self) -> int:
-        """The position after the last of these tokens."""
-        return self.first_position + len(self.token_ids)
-
-    @property
-    def known_position(self) -> int:
-        """The position after those known: that of the first token sampled from them."""
-        return self.end_position - self.drafts
-
-
-class StepPlan(msgspec.Struct, frozen=True):
-    """One forward pass, and whose next tokens are sampled from it."""
-
-    sequences: list[PlannedSequence]
-
-    @property
-    def tokens(self) -> int:
-        """Tokens that the step computes."""
-        return sum(len(planned.token_ids) for planned in self.sequences)
-
-    @property
-    def generations(self) -> StepPlan:
-        """The part of it that may be given tokens."""
-        return StepPlan([planned for planned in self.sequences if planned.pooling is None])
-
-    @property
-    def embeddings(self) -> StepPlan:
-        """The part of it that becomes vectors."""
-        return StepPlan([planned for planned in self.sequences if planned.pooling is not None])
-
-    @property
-    def sampled(self) -> list[PlannedSequence]:
-        """The sequences that get tokens, in the order of their rows of logits."""
-        return [planned for planned in self.sequences if planned.samples]
-
-    @property
-    def rows(self) -> int:
-        """How many rows of logits it has."""
-        return sum(planned.rows for planned in self.sequences)
 
 
 class Scheduler:

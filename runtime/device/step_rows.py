@@ -14,7 +14,7 @@ from torch import Tensor
 
 from cortex.runtime.device.grammar import Grammars, GrammarState
 from cortex.runtime.device.row import Row
-from cortex.runtime.device.scheduler import PlannedSequence, StepPlan
+from cortex.runtime.device.step_plan import PlannedSequence, StepPlan
 
 
 def rows_of(

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from cortex.ipc.messages import SamplingParams
 from cortex.models.batch import KVCache
 from cortex.runtime.device.model_runner import BLOCK_TOKENS, ModelRunner, ServableModel
-from cortex.runtime.device.scheduler import PlannedSequence, StepPlan
+from cortex.runtime.device.step_plan import PlannedSequence, StepPlan
 
 _PROBE_TOKENS = 4, 8
 _PROBE_CONTEXT_TOKENS = 4096  # a straight line from here on

@@ -25,8 +25,8 @@ from cortex.runtime.device.engine import Engine
 from cortex.runtime.device.memory import Limits
 from cortex.runtime.device.model_runner import BLOCK_TOKENS, ModelRunner
 from cortex.runtime.device.row import Row
-from cortex.runtime.device.scheduler import PlannedSequence, StepPlan
 from cortex.runtime.device.sequence import UNKNOWN
+from cortex.runtime.device.step_plan import PlannedSequence, StepPlan
 from cortex.runtime.device.workspace import measure_workspace
 from engine_fakes import DeviceBench, greedy, loaded
 from engine_run import Run

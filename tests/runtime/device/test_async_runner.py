@@ -15,8 +15,8 @@ from cortex.runtime.device.engine import Engine
 from cortex.runtime.device.memory import Limits
 from cortex.runtime.device.model_runner import ModelRunner
 from cortex.runtime.device.row import Row
-from cortex.runtime.device.scheduler import PlannedSequence, StepPlan
 from cortex.runtime.device.sequence import UNKNOWN
+from cortex.runtime.device.step_plan import PlannedSequence, StepPlan
 from engine_fakes import UNHEALTHY_TOKEN, FakeModel, answer, greedy
 from engine_run import Run
 

@@ -11,8 +11,8 @@ from cortex.ipc.messages import Failed
 from cortex.models.checkpoints.pooling import Pooling
 from cortex.runtime.device.embedding import Pooler
 from cortex.runtime.device.refusal import Refused
-from cortex.runtime.device.scheduler import PlannedSequence
 from cortex.runtime.device.sequence import NO_ANSWER
+from cortex.runtime.device.step_plan import PlannedSequence
 from engine_fakes import UNHEALTHY_TOKEN, answer, greedy, vector
 from engine_run import Run
 

@@ -6,8 +6,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, 
 
 from cortex.ipc.ring import Flag
 from cortex.runtime.device.block_pool import BlockPool
-from cortex.runtime.device.scheduler import Scheduler, StepPlan
+from cortex.runtime.device.scheduler import Scheduler
 from cortex.runtime.device.sequence import Sequence
+from cortex.runtime.device.step_plan import StepPlan
 from engine_fakes import greedy
 
 

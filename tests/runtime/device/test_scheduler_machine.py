@@ -23,8 +23,9 @@ from cortex.ipc.ring import Flag
 from cortex.models.checkpoints.pooling import Pooling
 from cortex.runtime.device.block_pool import BlockPool, block_key
 from cortex.runtime.device.drafts import Costs
-from cortex.runtime.device.scheduler import PlannedSequence, Scheduler, StepPlan
+from cortex.runtime.device.scheduler import Scheduler
 from cortex.runtime.device.sequence import NO_ANSWER, UNKNOWN, Sequence
+from cortex.runtime.device.step_plan import PlannedSequence, StepPlan
 
 BLOCK_TOKENS = 4
 CONTEXT_TOKENS = 150

@@ -12,7 +12,7 @@ from torch import Tensor
 from cortex.ipc.messages import SamplingParams
 from cortex.models.batch import Batch
 from cortex.runtime.device.model_runner import ModelRunner
-from cortex.runtime.device.scheduler import PlannedSequence, StepPlan
+from cortex.runtime.device.step_plan import PlannedSequence, StepPlan
 from cortex.runtime.device.workspace import living_bytes, measure_workspace
 from engine_fakes import FakeModel, RecallingModule
 from tiny_models import loaded, saved_model
