@@ -23,6 +23,7 @@ from hashlib import blake2b
 from typing import NamedTuple, Protocol
 
 import msgspec
+import structlog
 
 from cortex.ipc.errors import InternalError, InvalidRequest, Overloaded, Recovering
 from cortex.runtime.grammar_reader import READY, Question
@@ -34,6 +35,7 @@ LARK = "Lark, in llguidance's dialect: start: NUMBER, a line for each rule"
 CHILD = (sys.executable, "-m", "cortex.runtime.grammar_reader")
 LINE_BYTES = 1 << 16
 """Of an answer, several times as long as any."""
+_log = structlog.get_logger()
 
 
 class Part(NamedTuple):
@@ -137,6 +139,7 @@ class GrammarCheck:
                 answer = await _answer(child, question)
         except TimeoutError:
             await self.close()
+            _log.warning("grammar reader killed", after_seconds=self._bounds.seconds)
             return f"it takes more than {self._bounds.seconds:g} s to compile"
         except BaseException:
             await self.close()
@@ -171,6 +174,7 @@ class GrammarCheck:
         """Return why a child ended over a grammar, which is memory unless llguidance broke."""
         status = await child.wait()
         self._child = None
+        _log.warning("grammar reader lost", reader=child.pid, exit_code=status)
         if status == -signal.SIGKILL:  # by somebody else, who says nothing of the grammar
             raise Recovering(
                 "the process that checks grammars is started again", retry_after_seconds=1

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import llguidance
 import pytest
+from structlog.testing import capture_logs
 
 from cortex.ipc.errors import InternalError, InvalidRequest, Overloaded, Recovering
 from cortex.runtime.answer_grammar import of_text
@@ -90,6 +91,25 @@ async def test_a_grammar_that_takes_too_long_costs_its_child_and_is_refused_by_i
     with pytest.raises(InvalidRequest, match=r"0.2 s"):
         await check.refuse_bad([part(ENDLESS)], BYTES)
     assert check.pid is None, "the verdict is known"
+
+
+async def test_a_child_that_is_killed_for_its_time_is_one_line_of_the_log() -> None:
+    with capture_logs() as lines, pytest.raises(InvalidRequest):
+        await GrammarCheck(Bounds(seconds=0.2)).refuse_bad([part(ENDLESS)], BYTES)
+
+    assert [line["event"] for line in lines] == ["grammar reader killed"]
+
+
+async def test_a_child_that_dies_over_a_grammar_is_one_line_of_the_log(
+    endless: tuple[GrammarCheck, asyncio.Future[None], int],
+) -> None:
+    _, asking, pid = endless
+    os.kill(pid, signal.SIGABRT)
+    with capture_logs() as lines, pytest.raises(InvalidRequest):
+        await asking
+
+    (line,) = lines
+    assert (line["event"], line["exit_code"]) == ("grammar reader lost", -signal.SIGABRT)
 
 
 async def test_a_new_child_reads_what_comes_after_one_that_was_killed() -> None:
