@@ -14,20 +14,37 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from cortex.gateway.catalogue import Catalogue
-from cortex.gateway.config import Entitlements, Key
+from cortex.gateway.config import Budget, Key
+from cortex.gateway.written import Written
 from cortex.ipc.errors import InvalidApiKey, ModelNotAllowed
 from cortex.ipc.keys import digest, keys_in
 
-PUBLIC = frozenset({("GET", "/"), ("HEAD", "/"), ("HEAD", "/api/hello"), ("GET", "/health")})
+PUBLIC = frozenset(
+    {
+        ("GET", "/"),
+        ("HEAD", "/"),
+        ("HEAD", "/api/hello"),
+        ("GET", "/health"),
+        ("HEAD", "/health"),
+        ("GET", "/openapi.json"),
+        ("HEAD", "/openapi.json"),
+    }
+)
+
 log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
 class Principal:
-    """Somebody: a key's id, and the models it may use (None: all). Nobody has no id."""
+    """Somebody: a key's id, what it may use (None: all) and how much. Nobody has no id."""
 
     key_id: str | None = None
     models: frozenset[str] | None = None
+    is_operator: bool = False
+    priority: int = 0
+    """Those of a higher one go first, where a node is full."""
+    budget: Budget | None = None
+    max_in_flight: int | None = None
 
     def may_use(self, model: str, catalogue: Catalogue) -> bool:
         """Whether the model with this resolved id is allowed; keys may be written with aliases."""
@@ -58,7 +75,8 @@ class Keys:
 
 
 def _principal(key: Key) -> Principal:
-    return Principal(key.id, None if key.models is None else frozenset(key.models))
+    models = None if key.models is None else frozenset(key.models)
+    return Principal(key.id, models, key.operator, key.priority, key.budget, key.max_in_flight)
 
 
 def principal_of(request: web.Request) -> Principal:
@@ -66,12 +84,17 @@ def principal_of(request: web.Request) -> Principal:
     return request[_KEY]
 
 
-def authenticating(entitlements: Entitlements) -> Middleware:
+def authenticating(written: Written) -> Middleware:
     """Return the middleware that finds out who it is, and where keys are due lets no others in."""
+    entitlements = written.config.entitlements
     keys = Keys(entitlements.keys)
 
     @web.middleware
     async def authenticate(request: web.Request, handler: Handler) -> web.StreamResponse:
+        nonlocal entitlements, keys
+        if entitlements is not written.config.entitlements:
+            entitlements = written.config.entitlements
+            keys = Keys(entitlements.keys)
         principal = keys.principal(keys_in(request.headers))
         is_public = (request.method, request.path) in PUBLIC
         if principal is None and entitlements.require_auth and not is_public:

@@ -1,4 +1,8 @@
-"""``cortex up | serve | status | chat``: what can be wrong is one sentence, never a traceback.
+"""``cortex up | serve | status | chat``, and from elsewhere the other commands.
+
+``operator_cli.py`` has those of the operators, ``doctor.py`` that which looks after clients.
+
+What can be wrong is one sentence, never a traceback.
 
 Exit codes: 0 stopped as asked, 1 something outside is in the way, 2 the configuration is wrong,
 130 interrupted.
@@ -8,20 +12,25 @@ from __future__ import annotations
 
 import asyncio
 import sys
+from functools import partial
 from pathlib import Path
-from typing import Annotated, NoReturn
+from typing import Annotated
 
-import orjson
 import typer
 import uvloop
 from rich.console import Console
 
-from cortex.gateway import serving, terminal
+from cortex.gateway import serving
 from cortex.gateway.app import CannotListen, Gateway
-from cortex.gateway.catalogue import catalogue_for
-from cortex.gateway.config import API_KEY_VARIABLE, load_config
+from cortex.gateway.asking import AT, ApiKey, Endpoint, Json, answer_of, client_of, fail, print_json
+from cortex.gateway.doctor import doctor
+from cortex.gateway.operator_cli import COMMANDS
+from cortex.gateway.tables import print_fleet
+from cortex.gateway.terminal import GatewayClient, Unreachable
 from cortex.gateway.up import Plan
 from cortex.gateway.up import up as run_up
+from cortex.gateway.written import Written
+from cortex.ipc.fleet_api import FleetView
 from cortex.ipc.log import configure_logging
 from cortex.ipc.node_api import EMBEDDED_MODEL, GATEWAY_PORT, METRICS_PORT, NEURON_PORT
 from cortex.ipc.settings import ConfigError
@@ -41,6 +50,9 @@ app = typer.Typer(
   cortex up                        a gateway and a neuron on this machine, with a small model
   cortex chat "Who are you?"       ask it
   cortex status                    what the fleet is doing
+  cortex models                    what there is to serve
+  cortex load MODEL                load a model now; placement MODEL: where it would go
+  cortex doctor --client codex     send what a client sends, and say what works
   cortex serve --config FILE       a gateway alone, in front of the neurons of a fleet
 
 \b
@@ -64,13 +76,6 @@ def _cortex(
     ] = False,
 ) -> None:
     pass
-
-
-Endpoint = Annotated[str, typer.Option(metavar="URL", help="The gateway to ask.")]
-ApiKey = Annotated[
-    str | None, typer.Option(envvar=API_KEY_VARIABLE, help="Key, where the gateway wants one.")
-]
-AT = f"http://{LOCAL}:{GATEWAY_PORT}"
 
 
 @app.command()
@@ -105,9 +110,9 @@ def up(
     try:
         status = uvloop.run(run_up(plan, typer.echo))
     except ConfigError as exc:
-        _fail(str(exc), 2)
+        fail(str(exc), 2)
     except CannotListen as exc:
-        _fail(str(exc), 1)
+        fail(str(exc), 1)
     raise typer.Exit(status)
 
 
@@ -120,7 +125,7 @@ def serve(
 ) -> None:
     """Run the gateway in front of a fleet of neurons.
 
-    SIGTERM or Ctrl-C stops it in good order, a second one at once.
+    SIGTERM or Ctrl-C stops it in good order, a second one at once. SIGHUP reads the files again.
 
     \b
     The environment wins over the file: CORTEX_GATEWAY__LISTEN=0.0.0.0:31313 is listen in
@@ -128,14 +133,11 @@ def serve(
     """  # noqa: D301  # the backspace is click's mark for "do not wrap"
     configure_logging("gateway")
     try:
-        options, file = load_config(config)
-        names = [neuron.name for neuron in options.neurons]
-        catalogue = catalogue_for(options.models_config, file, names)
-        status = uvloop.run(serving.serve(options, catalogue, _announce))
+        status = uvloop.run(serving.serve(partial(Written.read, config), _announce))
     except ConfigError as exc:
-        _fail(str(exc), 2)
+        fail(str(exc), 2)
     except CannotListen as exc:
-        _fail(str(exc), 1)
+        fail(str(exc), 1)
     raise typer.Exit(status)
 
 
@@ -147,19 +149,16 @@ def _announce(gateway: Gateway) -> None:
 def status(
     endpoint: Endpoint = AT,
     api_key: ApiKey = None,
-    json: Annotated[bool, typer.Option("--json", help="Print what /fleet says.")] = False,
+    json: Json = False,
 ) -> None:
-    """Show nodes, devices and models of a running gateway."""
-    client = _client(endpoint, api_key)
-    try:
-        fleet = asyncio.run(client.get("/fleet", "nodes"))
-        health = asyncio.run(client.get("/health", "nodes"))
-    except terminal.Unreachable as exc:
-        _fail(str(exc), 1)
+    """Show nodes, devices, models and loads, and what is wrong."""
+    client = client_of(endpoint, api_key)
+    fleet = answer_of(client.read("/fleet", FleetView))
+    health = answer_of(client.get("/health", "nodes"))
     if json:
-        typer.echo(orjson.dumps(fleet, option=orjson.OPT_INDENT_2).decode())
+        print_json(fleet)
     else:
-        terminal.print_fleet(Console(), health, fleet)
+        print_fleet(Console(), health, fleet)
 
 
 @app.command()
@@ -177,7 +176,7 @@ def chat(
 
     Ctrl-D ends a conversation, Ctrl-C an answer.
     """
-    client = _client(endpoint, api_key)
+    client = client_of(endpoint, api_key)
     try:
         names = [model] if model else asyncio.run(client.default_models())
         name = names[0]
@@ -187,13 +186,13 @@ def chat(
             asyncio.run(_turn(client, name, [{"role": "user", "content": prompt}]))
         else:
             _converse(client, name)
-    except terminal.Unreachable as exc:
-        _fail(str(exc), 1)
+    except Unreachable as exc:
+        fail(str(exc), 1)
     except KeyboardInterrupt:
         raise typer.Exit(serving.INTERRUPTED) from None
 
 
-def _converse(client: terminal.GatewayClient, model: str) -> None:
+def _converse(client: GatewayClient, model: str) -> None:
     is_typed = sys.stdin.isatty()
     typer.echo(f"Talking with {model}; Ctrl-D ends.", err=True)
     messages: list[dict[str, str]] = []
@@ -216,14 +215,7 @@ def _converse(client: terminal.GatewayClient, model: str) -> None:
         messages.append({"role": "assistant", "content": answer})
 
 
-def _client(endpoint: str, key: str | None) -> terminal.GatewayClient:
-    try:
-        return terminal.GatewayClient(endpoint, key)
-    except ConfigError as exc:
-        _fail(str(exc), 2)
-
-
-async def _turn(client: terminal.GatewayClient, model: str, messages: list[dict[str, str]]) -> str:
+async def _turn(client: GatewayClient, model: str, messages: list[dict[str, str]]) -> str:
     """Print the next turn as it forms, and return it."""
     answer = ""
     async for text in client.answer(model, messages):
@@ -234,6 +226,5 @@ async def _turn(client: terminal.GatewayClient, model: str, messages: list[dict[
     return answer
 
 
-def _fail(message: str, status: int) -> NoReturn:
-    typer.echo(f"cortex: {message}", err=True)
-    raise typer.Exit(status)
+for _command in (*COMMANDS, doctor):
+    app.command()(_command)

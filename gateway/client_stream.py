@@ -12,6 +12,7 @@ from contextlib import asynccontextmanager
 
 from aiohttp import web
 
+from cortex.gateway.request_id import id_of
 from cortex.ipc.node_api import HEADER_NODE, HEADER_REASON
 from cortex.ipc.response_body import ResponseBody
 
@@ -30,21 +31,27 @@ class ClientStream:
         self._stalled_seconds = stalled_seconds
 
     @property
+    def request_id(self) -> str:
+        """The id of the request."""
+        return id_of(self._request)
+
+    @property
     def is_started(self) -> bool:
         """Whether the status is spent."""
         return self.response is not None
 
-    async def start(self, node: str, reason: str) -> None:
-        """Send status 200 and the headers, unless that has been done."""
+    async def start(self, node: str | None, reason: str) -> None:
+        """Send status 200 and the headers, unless that has been done; *node* if it is known."""
         if self.response is not None:
             return
         headers = {
             "Content-Type": "text/event-stream; charset=utf-8",
             "Cache-Control": "no-cache",
             "X-Accel-Buffering": "no",
-            HEADER_NODE: node,
             HEADER_REASON: reason,
         }
+        if node is not None:
+            headers[HEADER_NODE] = node
         self.response = web.StreamResponse(headers=headers)
         async with self._patience():
             await self.response.prepare(self._request)

@@ -1,19 +1,18 @@
 """How many tokens a prompt has; asked of the first node that can tell.
 
 A node counts with the tokeniser it has in its cache, so the model need not be loaded; nodes that
-serve it are asked first, then every other one that is up.
+serve it are asked first, then every other one that is up, but for engines (``engine_tokens.py``).
 """
 
 from __future__ import annotations
 
-import orjson
-
 from cortex.gateway.catalogue import Target
 from cortex.gateway.dialects.messages import MessagesCall
+from cortex.gateway.engine_tokens import count_tokens_at
 from cortex.gateway.fleet import FleetSnapshot
 from cortex.gateway.routing import in_words, replicas
 from cortex.gateway.upstream import NodeClient
-from cortex.ipc.errors import ApiError, ModelNotFound, NodeFailed, Recovering
+from cortex.ipc.errors import ApiError, ModelNotFound, Recovering
 from cortex.ipc.node_api import HEADER_REQUEST_ID
 
 
@@ -26,7 +25,8 @@ async def count_tokens(
 ) -> int:
     """Return the tokens of the prompt in *call*; raise ModelNotFound where no node can tell."""
     serving = replicas(snapshot, target.node_id)
-    nodes = [*serving, *(n for n in snapshot.nodes if n.takes_requests and n not in serving)]
+    others = (n for n in snapshot.nodes if n.takes_requests and not n.is_engine)
+    nodes = [*serving, *(node for node in others if node not in serving)]
     if not nodes:
         why = in_words(snapshot.nodes)
         raise Recovering(f"no node can count now: {why}", retry_after_seconds=5)
@@ -35,12 +35,10 @@ async def count_tokens(
         body = call.count_body(target.node_id)
         headers = {HEADER_REQUEST_ID: request_id}
         try:
-            answer = await client.control(node, "POST /tokenize", body, headers)
-            return int(orjson.loads(answer)["count"])
+            return await count_tokens_at(client, node, body, headers)
         except ApiError as error:
             if error.status < 500 and error.status != 404:
                 raise
             failure = failure if error.status == 404 else error
-        except (orjson.JSONDecodeError, LookupError, TypeError, ValueError):
-            failure = NodeFailed(f"node {node.name} did not answer with a count")
-    raise failure or ModelNotFound(f"no node has the model {target.id!r}", param="model")
+    message = f"no node can count for {target.id!r}: none has it, or can tell"
+    raise failure or ModelNotFound(message, param="model")

@@ -30,12 +30,18 @@ from cortex.ipc.errors import (
 
 HEADER_SOURCE = "x-cortex-source"
 BUG = "internal error; the log of the gateway has it by the id of this request"
+WEBSOCKET = "websocket"
 PATHS_OF_OPENAI = ("/v1/chat/", "/v1/completions", "/v1/embeddings", "/v1/responses")
-NOT_SERVED = re.compile(
-    r"/v1/responses(/.*)?|/openapi\.json"
-    r"|/fleet/(models/(un)?pin|nodes/[^/]+/(un)?drain)"
-)
-"""What the design names and this version lacks."""
+NOT_SERVED = {
+    "/v1/responses/compact": "a summary needs a prompt, and the gateway puts no words of its own "
+    "into prompts; ask the model for a summary and go on from that",
+}
+"""What clients may know to ask for, and why it is not here."""
+
+SECONDS = re.compile(r"[0-9]{1,9}")
+LONGEST_SLEEP_SECONDS = 60
+"""The SDKs of both dialects sleep as long as ``Retry-After`` says, for hours if need be, and tell
+nobody; ``x-should-retry`` is how they are told not to."""
 
 log = structlog.get_logger()
 
@@ -70,24 +76,40 @@ class Relayed(ApiError):
         message = rest.pop("message", None) or otherwise
         param = rest.pop("param", None)
         rest.pop("type", None)
-        seconds = retry_after if retry_after and retry_after.isdigit() else None
         return cls(
             status or STATUS_OF_CODE.get(code, 502),
             code,
             str(message),
             param=param if isinstance(param, str) else None,
-            retry_after_seconds=int(seconds) if seconds else None,
+            retry_after_seconds=seconds_in(retry_after),
             extras=rest,
         )
 
 
+def seconds_in(retry_after: str | None) -> int | None:
+    """Return what a ``Retry-After`` says, or None where it is a date, or nothing sensible."""
+    found = SECONDS.fullmatch(retry_after or "")
+    return int(found[0]) if found else None
+
+
+def dialects_at(path: str) -> tuple[Dialect, ...]:
+    """Return the dialect that is spoken at *path*, or both where the client may choose."""
+    if path.startswith("/v1/messages"):
+        return (ANTHROPIC,)
+    return (OPENAI,) if path.startswith(PATHS_OF_OPENAI) else (OPENAI, ANTHROPIC)
+
+
 def dialect_of(request: web.BaseRequest) -> Dialect:
     """Return the dialect that the client speaks, told by the path, else by its version header."""
-    if request.path.startswith("/v1/messages"):
-        return ANTHROPIC
-    if request.path.startswith(PATHS_OF_OPENAI):
-        return OPENAI
-    return ANTHROPIC if "anthropic-version" in request.headers else OPENAI
+    dialects = dialects_at(request.path)
+    return dialects[-1] if "anthropic-version" in request.headers else dialects[0]
+
+
+def _is_worth_waiting(error: ApiError) -> bool:
+    """Whether an SDK should sleep and try again: not where a budget is spent for a long time."""
+    if error.code == "insufficient_quota":
+        return False
+    return error.status == 503 or (error.retry_after_seconds or 0) <= LONGEST_SLEEP_SECONDS
 
 
 def error_response(dialect: Dialect, error: ApiError, request_id: str) -> web.Response:
@@ -98,6 +120,8 @@ def error_response(dialect: Dialect, error: ApiError, request_id: str) -> web.Re
     headers = {HEADER_SOURCE: "node" if isinstance(error, Relayed) else "gateway"}
     if retry_after is not None:
         headers["Retry-After"] = str(retry_after)
+    if error.status in (429, 503):
+        headers["x-should-retry"] = "true" if _is_worth_waiting(error) else "false"
     if error.status == 401:
         headers["WWW-Authenticate"] = "Bearer"
     return web.json_response(
@@ -121,7 +145,7 @@ async def errors_in_dialect(request: web.Request, handler: Handler) -> web.Strea
         log.exception("request failed")
         refused = InternalError(BUG)
     response = error_response(dialect_of(request), refused, id_of(request))
-    if allowed:
+    if allowed and refused.status == 405:
         response.headers["Allow"] = allowed
     if request.content.exception():  # where the next request begins cannot be told
         response.force_close()
@@ -144,10 +168,14 @@ def reason_of(error: OSError) -> str:
 
 def _of_aiohttp(request: web.Request, error: web.HTTPException) -> ApiError:
     match error:
+        case web.HTTPMethodNotAllowed() if why := NOT_SERVED.get(request.path):
+            return RouteNotFound(f"{request.path} is not served: {why}")
         case web.HTTPNotFound():
-            if NOT_SERVED.fullmatch(request.path):
-                return RouteNotFound(f"{request.path} is not served by this version")
             return RouteNotFound(f"there is no {request.method} {request.path} here")
+        case web.HTTPMethodNotAllowed() if request.headers.get("Upgrade", "").lower() == WEBSOCKET:
+            return MethodNotAllowed(
+                f"{request.path} speaks no WebSocket: POST to it and read its events"
+            )
         case web.HTTPMethodNotAllowed():
             return MethodNotAllowed(f"{request.path} takes no {request.method}")
         case _:

@@ -1,110 +1,139 @@
-"""``GET /v1/models``: everything the fleet can serve, merged; in either dialect.
+"""``GET /v1/models``: everything the fleet can serve, merged.
 
-In it is every model of the catalogue, loaded or not, whatever a node that is up has loaded or is
-loading, and every alias as an entry of its own. Where replicas differ, the tightest limit counts.
+    what is in it                            as long as
+    a model of the catalogue                 some node could hold it, or was never reached
+    what a node or an engine has             it is up, and the load has not failed
+    an alias, as an entry of its own         its model is in it
+
+    an entry says        from
+    limits               the tightest of the replicas, else what was known last, else ``limit`` of
+                         its profile; of a cold model never more than ``max_context_tokens``
+    what it can do       the same; what nobody knows is left out: absent is not zero
+    ``locations``        where it is, and its state there; ``unservable`` is loaded in vain
+    ``feasible_on``      where it is, and what nodes could hold it
+    ``loaded``           whether it would be answered without a load
+
 Ids are sorted and ``created`` is 0, "not known", so that two calls can be compared.
 """
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterable
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
 
-from msgspec import UNSET
+import msgspec
+from msgspec import UNSET, UnsetType
 
-from cortex.gateway.catalogue import Catalogue
-from cortex.gateway.fleet import FleetSnapshot
+from cortex.gateway.catalogue import Catalogue, Profile
+from cortex.gateway.fleet import FleetSnapshot, Node
+from cortex.gateway.last_known import Known
+from cortex.gateway.placement import could_hold
 from cortex.gateway.routing import replicas
-from cortex.ipc.errors import InvalidRequest
-from cortex.ipc.node_api import Limit, ModelInfo
+from cortex.ipc.node_api import Limit
 from cortex.ipc.openai_answers import ModelEntry
 
 OWNER = "cortex"
-_LIMIT = re.compile(r"0*[1-9][0-9]{0,8}", re.ASCII)
-EPOCH = "1970-01-01T00:00:00Z"
-"""What Anthropic says of a model whose release date is not known."""
+UNSERVABLE = "unservable"
 
 
-def entries(
-    snapshot: FleetSnapshot, catalogue: Catalogue, is_allowed: Callable[[str], bool]
-) -> list[ModelEntry]:
-    """Return one entry a name, sorted; *is_allowed* judges resolved ids."""
-    ids = set(catalogue.profiles)
-    for node in snapshot.nodes:
-        if node.is_healthy:
-            ids |= {catalogue.public_id(m.id) for m in node.models if m.status != "failed"}
-    found = {model: _entry(model, model, snapshot, catalogue) for model in ids}
-    for alias in catalogue.aliases:
-        target = catalogue.target(alias).id
-        if target in ids:
-            found[alias] = _entry(alias, target, snapshot, catalogue)
-    return [found[name] for name in sorted(found) if is_allowed(catalogue.target(name).id)]
+@dataclass(frozen=True)
+class Listing:
+    """The list of one moment; *last_known* is asked by names on nodes."""
+
+    snapshot: FleetSnapshot
+    catalogue: Catalogue
+    last_known: Callable[[str], Known | None]
+
+    def entries(self, is_allowed: Callable[[str], bool]) -> list[ModelEntry]:
+        """Return one entry a name, sorted; *is_allowed* judges resolved ids."""
+        found = {model: entry for model in self._ids() if (entry := self._entry(model))}
+        for alias in self.catalogue.aliases:
+            if entry := found.get(self.catalogue.target(alias).id):
+                found[alias] = msgspec.structs.replace(entry, id=alias)
+        allowed = (name for name in found if is_allowed(self.catalogue.target(name).id))
+        return [found[name] for name in sorted(allowed)]
+
+    def _ids(self) -> set[str]:
+        """Return the public ids of the catalogue, and of what is or will be on the nodes."""
+        ids = set(self.catalogue.profiles)
+        for node in self._up:
+            names = {info.id for info in node.models if info.status != "failed"}
+            ids |= {self.catalogue.public_id(name) for name in names | _coming(node)}
+        return ids
+
+    @property
+    def _up(self) -> list[Node]:
+        return [node for node in self.snapshot.nodes if node.is_healthy]
+
+    def _entry(self, model: str) -> ModelEntry | None:
+        """Return the entry of *model*, or None where no node has it or could."""
+        target = self.catalogue.target(model)
+        states = {node.name: state for node in self._up if (state := _state(node, target.node_id))}
+        feasible = {name for name, state in states.items() if state != "failed"}
+        if target.profile:
+            profile = target.profile
+            feasible |= {node.name for node in self.snapshot.nodes if could_hold(node, profile)}
+        if not feasible:
+            return None
+        live = Known.of(info for node in self._up if (info := node.model(target.node_id)))
+        known = live or self.last_known(target.node_id)
+        limit = _limit(target.profile, known, is_cold=live is None)
+        declared = list(target.profile.capabilities) if target.profile else []
+        can = known.capabilities if known else []
+        return ModelEntry(
+            id=model,
+            created=0,
+            owned_by=OWNER,
+            loaded=bool(replicas(self.snapshot, target.node_id)),
+            locations=[{"node": name, "status": states[name]} for name in sorted(states)],
+            feasible_on=sorted(feasible),
+            context_length=_or_unset(limit.context),
+            max_model_len=_or_unset(limit.context),
+            max_input_tokens=_or_unset(limit.input),
+            max_output_tokens=_or_unset(limit.output),
+            limit=limit if limit != Limit() else UNSET,
+            capabilities=can or declared or UNSET,
+            tool_call=known.tool_call if known and can else UNSET,
+            reasoning=known.reasoning if known and can else UNSET,
+            cost=_cost(target.profile),
+        )
 
 
-def _entry(name: str, model: str, snapshot: FleetSnapshot, catalogue: Catalogue) -> ModelEntry:
-    target = catalogue.target(model)
-    held = {
-        node.name: info
-        for node in snapshot.nodes
-        if node.is_healthy and (info := node.model(target.node_id)) is not None
-    }
-    declared = target.profile.known_limit() if target.profile else None
-    limit = _limit(held.values(), declared)
-    context = limit.context or UNSET
-    return ModelEntry(
-        id=name,
-        created=0,
-        owned_by=OWNER,
-        loaded=bool(replicas(snapshot, target.node_id)),
-        locations=[{"node": node, "status": held[node].status} for node in sorted(held)],
-        context_length=context,
-        max_model_len=context,
-        max_input_tokens=limit.input or context,
-    )
+def _limit(profile: Profile | None, known: Known | None, *, is_cold: bool) -> Limit:
+    told = known.limit if known else None
+    limit = told or (profile.known_limit() if profile else None) or Limit()
+    bounds = [limit.context]
+    if profile and limit.context and is_cold:
+        bounds.append(profile.max_context_tokens)
+    context = _least(*bounds)
+    return Limit(context, _least(limit.input, context), limit.output)
 
 
-def _limit(infos: Iterable[ModelInfo], declared: Limit | None) -> Limit:
-    told = [info.limit for info in infos if info.limit and info.limit.context]
-    if told:
-        return min(told, key=lambda limit: limit.context or 0)
-    return declared or Limit()
+def _least(*numbers: int | None) -> int | None:
+    return min((number for number in numbers if number is not None), default=None)
 
 
-def anthropic_entry(entry: ModelEntry) -> dict[str, Any]:
-    """Return *entry* as Anthropic spells it."""
-    return {
-        "type": "model",
-        "id": entry.id,
-        "display_name": entry.id,
-        "created_at": EPOCH,
-        "lifecycle": "active",
-        "deprecated_at": None,
-        "retires_at": None,
-        "line": None,
-        "capabilities": None,
-        "max_input_tokens": None if entry.max_input_tokens is UNSET else entry.max_input_tokens,
-        "max_tokens": None,
-    }
+def _or_unset(number: int | None) -> int | UnsetType:
+    return UNSET if number is None else number
 
 
-def anthropic_page(found: list[ModelEntry], query: dict[str, str]) -> dict[str, Any]:
-    """Return the page that ``limit``, ``after_id`` and ``before_id`` ask for.
+def _state(node: Node, node_id: str) -> str | None:
+    info = node.model(node_id)
+    if info and info.status == "loaded" and not (info.servable.ok or info.servable.is_full):
+        return UNSERVABLE
+    return node.status_of(node_id)
 
-    Without a limit everything is on it. Raise InvalidRequest.
-    """
-    limit = query.get("limit", str(max(len(found), 1)))
-    if not _LIMIT.fullmatch(limit):
-        raise InvalidRequest("limit must be a number from 1 on", param="limit")
-    left = [entry for entry in found if entry.id > query.get("after_id", "")]
-    if before := query.get("before_id"):
-        left = [entry for entry in left if entry.id < before]
-        page = left[-int(limit) :]
-    else:
-        page = left[: int(limit)]
-    return {
-        "data": [anthropic_entry(entry) for entry in page],
-        "has_more": len(page) < len(left),
-        "first_id": page[0].id if page else None,
-        "last_id": page[-1].id if page else None,
-    }
+
+def _coming(node: Node) -> set[str]:
+    """Return the names of what *node* loads at its own start."""
+    activation = node.health.activation if node.health else None
+    if activation is None:
+        return set()
+    return {*activation.pending, *filter(None, [activation.in_progress])}
+
+
+def _cost(profile: Profile | None) -> dict[str, float] | UnsetType:
+    if profile is None or profile.cost is None:
+        return UNSET
+    prices = msgspec.structs.asdict(profile.cost)
+    return {kind: price for kind, price in prices.items() if price is not None}

@@ -2,50 +2,52 @@
 
 Histograms have the names and buckets of the predecessor, so that its boards go on working. The
 ``model`` label is only ever a resolved id, ``unknown`` where nothing was resolved, so that a client
-cannot make up series. Gauges are read from the fleet when somebody scrapes: what has vanished from
-the fleet vanishes here.
+cannot make up series; ``key`` is the id that the operator gave it. Gauges are in ``gauges.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import asyncio
+from collections.abc import Callable, Iterable
+from functools import cache
+from typing import TypeVar
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
-from prometheus_client.core import GaugeMetricFamily
 from prometheus_client.registry import Collector
-
-from cortex.gateway.fleet import Fleet
 
 UNKNOWN = "unknown"
 DURATION = (0.1, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600, 1200)
 FIRST_TOKEN = (0.05, 0.1, 0.25, 0.5, 1, 2, 5, 10, 20, 30, 60, 120)
 RATE = (1, 2.5, 5, 10, 15, 20, 30, 40, 60, 80, 120, 200)
 
-MODEL_GAUGES = {
-    "in_flight": "Requests running, as the node says",
-    "queue_depth": "Requests queued, as the node says",
-    "max_in_flight": "Requests the node runs at once",
-    "max_queue_depth": "Requests the node queues",
-    "tok_s_prefill": "Prompt tokens per second, as the node says",
-    "tok_s_decode": "Generated tokens per second, as the node says",
-}
-DEVICE_GAUGES = {
-    "vram_used_mb": "Memory in use, in MiB",
-    "vram_free_mb": "Memory free, in MiB",
-    "utilization_pct": "Utilisation, in percent",
-    "temp_c": "Temperature, in degrees Celsius",
-}
+LAG = (0.001, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5)
+
+
+M = TypeVar("M", Counter, Histogram)
+
+
+def _series(metric: M, *labels: str) -> M:
+    return metric.labels(*labels)
 
 
 class Metrics:
     """The registry, and what the request path counts."""
 
-    def __init__(self, fleet: Fleet) -> None:
+    def __init__(self, *gauges: Collector) -> None:
         self.registry = CollectorRegistry()
+        self._gauges = CollectorRegistry()
+        self.counter: Callable[..., Counter] = cache(_series)
+        """The series of a metric with some labels; found in a tenth of what ``labels`` takes."""
+        self.histogram: Callable[..., Histogram] = cache(_series)
         where = ("model", "node")
         self.requests = self._counter("requests", "Inference requests that ended", where)
         self.errors = self._counter(
             "request_errors", "Inference requests that failed, by cause", (*where, "code")
+        )
+        self.rejections = self._counter(
+            "request_rejections",
+            "Inference requests turned away: no room, no budget, no model now",
+            ("model", "reason"),
         )
         self.cold_starts = self._counter("cold_starts", "Loads started for a request", where)
         self.prompt_tokens = self._counter("prompt_tokens", "Tokens of prompts", where)
@@ -65,11 +67,44 @@ class Metrics:
         self.rate = self._histogram(
             "tokens_per_second", "Tokens of a stream after its first, per second", where, RATE
         )
-        self.registry.register(FleetGauges(fleet))
+        self.queue = self._histogram(
+            "queue_seconds", "Arrival to the moment the first node is asked", where, FIRST_TOKEN
+        )
+        self.load_seconds = self._histogram(
+            "model_load_seconds", "Loads that ended well, from the order on", where, DURATION
+        )
+        self.failed_loads = self._counter(
+            "model_load_errors", "Loads that failed, by cause", (*where, "code")
+        )
+        self.evictions = self._counter(
+            "evictions", "Models unloaded: displaced, idle, asked or drained", (*where, "reason")
+        )
+        self.retries = self._counter(
+            "request_retries", "Requests that went on to another replica", (*where, "code")
+        )
+        self.affinity = self._counter(
+            "affinity", "Sessions that had a choice of replicas: home or away", ("model", "outcome")
+        )
+        self.spend = self._counter("spend_tokens", "Tokens that the key has used", ("key",))
+        self.spend_prompt = self._counter(
+            "spend_prompt_tokens", "Tokens of the key's prompts", ("key",)
+        )
+        self.spend_completion = self._counter(
+            "spend_completion_tokens", "Tokens generated for the key", ("key",)
+        )
+        self.loop_lag = self._histogram(
+            "event_loop_lag_seconds", "How much too late the event loop wakes a task", (), LAG
+        )
+        for collector in gauges:
+            self._gauges.register(collector)
 
-    def exposition(self) -> bytes:
-        """Return everything, in Prometheus's text format."""
-        return generate_latest(self.registry)
+    async def exposition(self) -> bytes:
+        """Return everything, in Prometheus's text format.
+
+        Histograms are most of it, and locked: a thread writes them down, so that streams go on.
+        """
+        gauges = generate_latest(self._gauges)  # what they read is the event loop's
+        return await asyncio.to_thread(generate_latest, self.registry) + gauges
 
     def _counter(self, name: str, text: str, labels: Iterable[str]) -> Counter:
         return Counter(f"cortex_{name}", text, tuple(labels), registry=self.registry)
@@ -80,33 +115,3 @@ class Metrics:
         return Histogram(
             f"cortex_{name}", text, tuple(labels), buckets=buckets, registry=self.registry
         )
-
-
-class FleetGauges(Collector):
-    """The fleet as gauges, read at the moment of the scrape."""
-
-    def __init__(self, fleet: Fleet) -> None:
-        self._fleet = fleet
-
-    def collect(self) -> Iterable[GaugeMetricFamily]:
-        """Yield one family a gauge."""
-        nodes = self._fleet.snapshot().nodes
-        healthy = GaugeMetricFamily("cortex_node_healthy", "1 while up", labels=["node"])
-        for node in nodes:
-            healthy.add_metric([node.name], float(node.is_healthy))
-        yield healthy
-        up = [(node.name, node.health) for node in nodes if node.is_healthy and node.health]
-        for field, text in MODEL_GAUGES.items():
-            family = GaugeMetricFamily(f"cortex_model_{field}", text, labels=["node", "model"])
-            for name, health in up:
-                for load in health.models:
-                    family.add_metric([name, load.id], getattr(load, field))
-            yield family
-        for field, text in DEVICE_GAUGES.items():
-            family = GaugeMetricFamily(f"cortex_device_{field}", text, labels=["node", "device"])
-            for name, health in up:
-                for device in health.devices:
-                    value = getattr(device, field)
-                    if value is not None:
-                        family.add_metric([name, device.name], value)
-            yield family

@@ -1,27 +1,32 @@
 """Keeps what we know of the fleet true.
 
-One task a node, so that a slow node delays nobody: ``/models`` and ``/health``, then a
-pause, shorter while a load runs there. Whoever must know more asks for a ``refresh``, which is
-answered by a poll that began after the question. Whoever has met something else than what is known
-of a node ``doubt``s it: it is polled at once, and who tells clients of the fleet awaits ``settled``
-first.
+One task a node, so that a slow node delays nobody: ``/models`` and ``/health``, of an engine
+``/v1/models``, then a pause, shorter while a load runs there; ``/discovery`` once it is up, and
+again when it has begun anew. Whoever must know more asks for a ``refresh``, which is answered by a
+poll that began after the question. Whoever has met something else than what is known of a node
+``doubt``s it: it is polled at once, and who tells clients of the fleet awaits ``settled`` first.
+
+An engine that answers one request of ours is left alone meanwhile, as long as nobody asks: there
+are servers that answer one thing at a time (llama-cpp-python's), and end a stream for the next.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
+from dataclasses import replace
 from typing import TypeVar
 
 import msgspec
 import structlog
 
 from cortex.gateway.background import Background
-from cortex.gateway.config import Timeouts
+from cortex.gateway.engine_models import ModelPage, offered
 from cortex.gateway.fleet import Fleet, Node
 from cortex.gateway.upstream import NodeClient
+from cortex.gateway.written import Written
 from cortex.ipc.errors import ApiError
-from cortex.ipc.node_api import Health, ModelInfo
+from cortex.ipc.node_api import Discovery, Health, ModelInfo
 
 SETTLING_SECONDS = 1.0
 """What somebody who only wants to look waits for nodes that are in doubt."""
@@ -33,52 +38,85 @@ log = structlog.get_logger()
 class Poller:
     """Polls every node of *fleet*; the only writer of what is known of them."""
 
-    def __init__(self, fleet: Fleet, client: NodeClient, timeouts: Timeouts) -> None:
-        self._nodes = {
-            node.name: NodePoller(node.name, fleet, client, timeouts)
-            for node in fleet.snapshot().nodes
-        }
+    def __init__(self, fleet: Fleet, client: NodeClient, written: Written) -> None:
+        self._fleet = fleet
+        self._client = client
+        self._written = written
+        self._nodes = {node.name: self._poller(node) for node in fleet.snapshot().nodes}
+
+    def _poller(self, node: Node) -> NodePoller:
+        return NodePoller(node.name, self._fleet, self._client, self._written)
 
     def start(self, background: Background) -> None:
         """Start polling."""
-        for name, poller in self._nodes.items():
-            background.start(poller.run(), f"poll {name}")
+        for poller in self._nodes.values():
+            poller.start(background)
+
+    def configure(self, background: Background) -> None:
+        """Poll the nodes that the fleet has by now: new ones at once, removed ones no more."""
+        nodes = self._fleet.snapshot().nodes
+        for gone in self._nodes.keys() - {node.name for node in nodes}:
+            self._nodes.pop(gone).stop()
+        for node in nodes:
+            if node.name not in self._nodes:
+                self._nodes[node.name] = self._poller(node)
+                self._nodes[node.name].start(background)
+            elif node.health is None:
+                self.doubt(node.name)  # it may be at another address
 
     async def refresh(self, name: str) -> None:
         """Return once node *name* has been polled by a poll that begins after this call."""
-        await self._nodes[name].refresh()
+        if poller := self._nodes.get(name):
+            await poller.refresh()
 
     def doubt(self, name: str) -> None:
         """Poll node *name* at once: it has just said or done what does not fit what we know."""
-        self._nodes[name].doubt()
+        if poller := self._nodes.get(name):
+            poller.doubt()
 
     async def settled(self) -> None:
         """Return once no node is in doubt or not polled yet, or after a second."""
         try:
             async with asyncio.timeout(SETTLING_SECONDS):
-                for poller in self._nodes.values():
+                for poller in list(self._nodes.values()):
                     await poller.settled.wait()
         except TimeoutError:
             return
 
     async def first_round(self) -> None:
         """Return once every node has been polled, whatever came of it."""
-        for poller in self._nodes.values():
+        for poller in list(self._nodes.values()):
             await poller.polled.wait()
 
 
 class NodePoller:
     """Polls one node; ``polled`` is set after the first poll, ``settled`` while it is undoubted."""
 
-    def __init__(self, name: str, fleet: Fleet, client: NodeClient, timeouts: Timeouts) -> None:
+    def __init__(self, name: str, fleet: Fleet, client: NodeClient, written: Written) -> None:
         self._next_poll = asyncio.Event()
         self.polled = self._next_poll
         self.settled = self._next_poll
         self._name = name
         self._fleet = fleet
         self._client = client
-        self._timeouts = timeouts
+        self._written = written
         self._wanted = asyncio.Event()
+        self._this_poll = self._next_poll
+        self._task: asyncio.Task[None] | None = None
+        self._is_discovered = False
+        self._not_listed: list[str] = []
+        """What the operator wants offered of an engine that does not have it."""
+
+    def start(self, background: Background) -> None:
+        """Begin to poll."""
+        self._task = background.task(self.run(), f"poll {self._name}")
+
+    def stop(self) -> None:
+        """Poll no more; whoever waits for a poll is not kept."""
+        if self._task is not None:
+            self._task.cancel()
+        self._this_poll.set()
+        self._next_poll.set()
 
     async def refresh(self) -> None:
         """Return after the next poll that begins from now on."""
@@ -95,20 +133,26 @@ class NodePoller:
         """Poll for ever."""
         while True:
             self._wanted.clear()
-            polled, self._next_poll = self._next_poll, asyncio.Event()
+            self._this_poll, self._next_poll = self._next_poll, asyncio.Event()
             await self._poll()
-            polled.set()
+            self._this_poll.set()
             await self._pause()
 
     async def _pause(self) -> None:
         is_loading = self._fleet.node(self._name).is_loading
-        timeouts = self._timeouts
+        timeouts = self._written.timeouts
         pause = timeouts.poll_while_loading_seconds if is_loading else timeouts.poll_seconds
-        try:
-            async with asyncio.timeout(pause):
-                await self._wanted.wait()
-        except TimeoutError:
-            return
+        while not self._wanted.is_set():
+            try:
+                async with asyncio.timeout(pause):
+                    await self._wanted.wait()
+            except TimeoutError:
+                if not self._would_disturb():
+                    return
+
+    def _would_disturb(self) -> bool:
+        is_engine = self._fleet.node(self._name).is_engine
+        return is_engine and sum(self._fleet.own(self._name).values()) == 1
 
     async def _poll(self) -> None:
         before = self._fleet.node(self._name)
@@ -126,10 +170,42 @@ class NodePoller:
             )
         elif after.error and after.error != before.error:
             log.warning("node not polled", node=self._name, why=after.error)
+        if after.is_healthy and not after.failures:
+            await self._discover(before, after)
+
+    async def _discover(self, before: Node, node: Node) -> None:
+        """Ask *node* which devices it has, unless it has said so in this life."""
+        is_new = node.has_begun_anew(before)
+        self._is_discovered = self._is_discovered and not is_new
+        if self._is_discovered or node.is_engine:
+            return
+        try:
+            discovery = await self._get(node, "/discovery", Discovery)
+        except ApiError as error:
+            if is_new:
+                log.warning("node not discovered", node=self._name, why=str(error))
+        else:
+            self._is_discovered = True
+            self._fleet.put(replace(node, discovery=discovery))
 
     async def _ask(self, node: Node) -> tuple[Health, list[ModelInfo]]:
+        if node.is_engine:
+            return Health(0.0), self._offered(await self._get(node, "/v1/models", ModelPage))
         models = await self._get(node, "/models", list[ModelInfo])
         return await self._get(node, "/health", Health), models
+
+    def _offered(self, page: ModelPage) -> list[ModelInfo]:
+        """Return what is offered of the engine's models; say once what of the wanted is not."""
+        engines = self._written.config.engines
+        wanted = next((engine.models for engine in engines if engine.name == self._name), None)
+        models = offered(page, wanted)
+        missing = sorted(set(wanted or ()) - {model.id for model in models})
+        if missing and missing != self._not_listed:
+            log.warning(
+                "models not offered: the engine does not list them", node=self._name, models=missing
+            )
+        self._not_listed = missing
+        return models
 
     async def _get(self, node: Node, path: str, shape: type[T]) -> T:
         body = await self._client.control(node, f"GET {path}")

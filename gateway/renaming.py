@@ -89,6 +89,8 @@ class Renaming:
 class RenamedStream:
     """Passes a stream on line by line; of those that carry an object the model is renamed."""
 
+    error: ApiError | None = None
+
     def __init__(self, renaming: Renaming) -> None:
         self._renaming = renaming
         self._rest = b""

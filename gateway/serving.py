@@ -6,14 +6,11 @@ import asyncio
 import signal
 from collections.abc import Callable
 
-import structlog
-
 from cortex.gateway.app import Gateway
 from cortex.gateway.background import Background
-from cortex.gateway.catalogue import Catalogue
-from cortex.gateway.config import GatewayConfig
-
-log = structlog.get_logger()
+from cortex.gateway.reload import Reload
+from cortex.gateway.state import state_path
+from cortex.gateway.written import Written
 
 INTERRUPTED = 130
 """Exit status after a second signal, which cuts the drain short."""
@@ -48,23 +45,28 @@ class StopSignals:
             self._task.cancel()
 
 
-async def reload_at(hangup: asyncio.Event, gateway: Gateway) -> None:
-    """Read keys and certificates of the nodes again whenever *hangup* is set, for ever."""
+async def reload_at(hangup: asyncio.Event, reload: Reload) -> None:
+    """Read the files again whenever *hangup* is set, for ever."""
     while True:
         await hangup.wait()
         hangup.clear()
-        await asyncio.to_thread(gateway.credentials.reload)
-        log.warning("configuration not reloaded", why="this version reads it at its start only")
+        await reload.again()
 
 
-async def serve(
-    config: GatewayConfig, catalogue: Catalogue, on_ready: Callable[[Gateway], None]
-) -> int:
-    """Serve until a signal, drain, and return the exit status; *on_ready* gets the gateway."""
+async def serve(read: Callable[[], Written], on_ready: Callable[[Gateway], None]) -> int:
+    """Serve what *read* returns until a signal, drain, and return the exit status.
+
+    *on_ready* gets the gateway. Raise ConfigError, or CannotListen.
+    """
     signals = StopSignals(is_daemon=True)
     try:
-        async with Gateway(config, catalogue) as gateway, Background() as background:
-            background.start(reload_at(signals.hangup, gateway), "reload")
+        written = await asyncio.to_thread(read)
+        state = state_path(written.config)
+        async with (
+            Gateway(written.config, written.catalogue, state=state) as gateway,
+            Background() as background,
+        ):
+            background.start(reload_at(signals.hangup, gateway.reload(read)), "reload")
             on_ready(gateway)
             await signals.asked.wait()
             await gateway.drain()

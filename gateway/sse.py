@@ -7,14 +7,18 @@ with a colon is a comment: neurons send them to keep a stream alive, and one of 
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
+import msgspec
 import orjson
 
 END = b"\n\n"
+EMPTY_LINE = re.compile(rb"\n\r?\n")
 DATA = b"data: "
 DONE = b"data: [DONE]"
 USAGE = b": usage "
+KEEP_ALIVE = b": keep-alive\n\n"
 ERROR = b'data: {"error"'
 """How the frame begins with which a neuron ends a stream that failed."""
 
@@ -23,11 +27,16 @@ class EventSplitter:
     """Cuts a stream of bytes into events; what is incomplete waits for the next piece."""
 
     def __init__(self) -> None:
-        self._rest = b""
+        self._rest = bytearray()
 
     def feed(self, chunk: bytes) -> list[bytes]:
         """Return the events that *chunk* completes, without the empty line."""
-        *events, self._rest = (self._rest + chunk.replace(b"\r\n", b"\n")).split(END)
+        looked_at = max(len(self._rest) - 2, 0)  # what was there ended in "\n\r" at most
+        self._rest += chunk
+        if not EMPTY_LINE.search(self._rest, looked_at):
+            return []
+        *events, rest = bytes(self._rest).replace(b"\r\n", b"\n").split(END)
+        self._rest = bytearray(rest)
         return events
 
 
@@ -61,7 +70,7 @@ def usage_of(event: bytes) -> dict[str, Any] | None:
 def event(data: dict[str, Any], name: str | None = None) -> bytes:
     """Return *data* as an event, with a name where the dialect has them."""
     head = f"event: {name}\n".encode() if name else b""
-    return head + DATA + orjson.dumps(data) + END
+    return head + DATA + msgspec.json.encode(data) + END  # orjson refuses whole numbers of 65 bits
 
 
 def comment(text: str) -> bytes:

@@ -1,22 +1,19 @@
-"""``cortex status`` and ``cortex chat``: clients of a running gateway, for people.
+"""What the commands that ask a running gateway have in common: its client.
 
-Also how a load that goes on is told on the terminal, by them and by ``cortex up``.
+Also how something that goes on for a while, a load say, is told on the terminal.
 """
 
 from __future__ import annotations
 
 import re
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, TypeVar
 
 import aiohttp
 import msgspec
 import orjson
-from rich.console import Console
-from rich.table import Column, Table
-from rich.text import Text
 
 from cortex.gateway import sse
 from cortex.gateway.config import ENDPOINT
@@ -27,6 +24,8 @@ from cortex.ipc.settings import ConfigError
 CONNECT_SECONDS = 5.0
 LINE_SECONDS = 5.0
 MIB = 2**20
+
+T = TypeVar("T")
 
 
 class Unreachable(Exception):
@@ -47,15 +46,30 @@ class GatewayClient:
 
     async def get(self, path: str, member: str) -> dict[str, Any]:
         """Return what ``GET path`` answers: an object with *member*; raise Unreachable."""
-        async with self._request("GET", path) as response:
-            body = await response.read()
-        try:
-            answer = orjson.loads(body)
-        except orjson.JSONDecodeError:
-            answer = None
-        if not isinstance(answer, dict) or member not in answer:
-            raise Unreachable(f"{self._endpoint} answers, but it is no cortex gateway")
+        answer = await self.read(path, dict[str, Any])
+        if member not in answer:
+            raise self._stranger()
         return answer
+
+    async def read(self, path: str, shape: type[T]) -> T:
+        """Return what ``GET path`` answers; raise Unreachable."""
+        async with self._request("GET", path) as response:
+            return self._typed(await response.read(), shape)
+
+    async def post(self, path: str, body: msgspec.Struct | None, shape: type[T]) -> T:
+        """Return what ``POST path`` answers; raise Unreachable."""
+        said = None if body is None else msgspec.json.encode(body)
+        async with self._request("POST", path, said) as response:
+            return self._typed(await response.read(), shape)
+
+    def _typed(self, body: bytes, shape: type[T]) -> T:
+        try:
+            return msgspec.json.decode(body, type=shape)
+        except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+            raise self._stranger() from None
+
+    def _stranger(self) -> Unreachable:
+        return Unreachable(f"{self._endpoint} answers, but it is no cortex gateway")
 
     async def default_models(self) -> list[str]:
         """Return the models that are loaded, else all; raise Unreachable where there is none."""
@@ -91,7 +105,7 @@ class GatewayClient:
                 aiohttp.ClientSession(headers=headers, timeout=limits) as session,
                 session.request(method, self._endpoint + path, data=body) as response,
             ):
-                if response.status != 200:
+                if response.status not in (200, 202):
                     raise Unreachable(self._refusal(response.status, await response.read()))
                 yield response
         except aiohttp.ClientConnectorError as exc:
@@ -109,7 +123,7 @@ class GatewayClient:
         except (orjson.JSONDecodeError, LookupError, TypeError, AttributeError):
             return f"{self._endpoint} answered with status {status}"
         if code == "not_found":  # a neuron, say
-            return f"{self._endpoint} answers, but it is no cortex gateway"
+            return str(self._stranger())
         return words
 
 
@@ -156,85 +170,12 @@ def progress_words(progress: Progress) -> str:
     elif progress.bytes_done:
         words.append(f"{progress.bytes_done // MIB} MB")
     if progress.eta_seconds is not None:
-        words.append(f"{_duration(progress.eta_seconds)} left")
+        words.append(f"{duration(progress.eta_seconds)} left")
     return ", ".join(words)
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
     """Return a time in the unit that people would use."""
     if seconds < 100:
         return f"{seconds:.0f} s"
     return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
-
-
-def print_fleet(console: Console, health: dict[str, Any], fleet: dict[str, Any]) -> None:
-    """Show the fleet as two tables, and below them what is wrong."""
-    nodes = health["nodes"]
-    console.print(f"{health['status']}: {nodes['healthy']} of {nodes['total']} nodes up")
-    devices = _table("node", "state", "device", "free MB", "used MB")
-    models = _table("model", "node", "status", "running", "queued")
-    for node in fleet["nodes"]:
-        _show_devices(devices, node)
-        _show_models(models, node)
-    console.print(devices)
-    console.print(models)
-    for line in _troubles(fleet):
-        console.print(line, markup=False, highlight=False, soft_wrap=True)
-
-
-def _table(*names: str) -> Table:
-    """Return a table whose cells go on in the next line where they are too long."""
-    return Table(*(Column(name, overflow="fold") for name in names))
-
-
-def _show_devices(table: Table, node: dict[str, Any]) -> None:
-    state = "up" if node["healthy"] else "down"
-    for device in node["devices"] or [{}]:
-        table.add_row(
-            Text(node["name"]),
-            "draining" if node["draining"] else state,
-            device.get("name", ""),
-            _shown(device.get("vram_free_mb")),
-            _shown(device.get("vram_used_mb")),
-        )
-
-
-def _show_models(table: Table, node: dict[str, Any]) -> None:
-    loads = {load["id"]: load for load in node["load"]}
-    for model in node["models"]:
-        load = loads.get(model["id"], {})
-        table.add_row(
-            Text(model["id"]),  # no markup: ids may hold brackets
-            Text(node["name"]),
-            _status(model),
-            _shown(load.get("in_flight")),
-            _shown(load.get("queue_depth")),
-        )
-
-
-def _status(model: dict[str, Any]) -> str:
-    progress = model.get("progress")
-    if progress is None:
-        return str(model["status"])
-    return progress_words(msgspec.convert(progress, Progress))
-
-
-def _troubles(fleet: dict[str, Any]) -> Iterator[str]:
-    """Yield a line for everything that the tables show to be wrong, and why it is."""
-    for node in fleet["nodes"]:
-        if node["error"]:
-            yield f"{node['name']}: {_reason(node)}"
-        for model in node["models"]:
-            servable = model["servable"]
-            why = model.get("failure") or servable.get("detail") or servable.get("reason")
-            if why and why != model["status"]:
-                yield f"{model['id']} on {node['name']}: {why}"
-
-
-def _reason(node: dict[str, Any]) -> str:
-    error: str = node["error"]
-    return error.removeprefix(f"node {node['name']} ")
-
-
-def _shown(number: int | None) -> str:
-    return "" if number is None else str(number)

@@ -3,6 +3,8 @@
 The gateway runs in this process. The neuron is a child, ``python -m cortex.runtime serve``, in a
 session of its own, so that a Ctrl-C reaches us alone: we finish what runs, then stop it and wait
 for it. The kernel sends it SIGTERM should we die (prctl(2), PR_SET_PDEATHSIG); its end is ours.
+
+Nothing outlives it: pins, usage and stored responses are in memory, and no file is read again.
 """
 
 from __future__ import annotations
@@ -21,7 +23,7 @@ from cortex.gateway.app import CannotListen, Gateway
 from cortex.gateway.background import Background
 from cortex.gateway.catalogue import BUILT_IN
 from cortex.gateway.config import GatewayConfig, Listening, Neuron
-from cortex.gateway.lifecycle import RunningLoad
+from cortex.gateway.demands import Demand
 from cortex.gateway.serving import INTERRUPTED, StopSignals
 from cortex.gateway.terminal import LoadLines
 from cortex.ipc.errors import ApiError
@@ -178,11 +180,11 @@ async def _announce(gateway: Gateway, model: str, outcome: Outcome, say: Say) ->
     while not gateway.fleet.node(NAME).takes_requests:
         await asyncio.sleep(LOOK_SECONDS)
         await gateway.poller.refresh(NAME)
-    target = gateway.catalogue.target(model)
+    target = gateway.written.catalogue.target(model)
     lines = LoadLines(say)
 
-    async def tell(load: RunningLoad) -> None:
-        lines.hear(f"loading {load.target.id} on {load.node.name}", load.progress)
+    async def tell(load: Demand) -> None:
+        lines.hear(load.title, load.progress)
 
     try:
         await gateway.lifecycle.ready(target, heartbeat=tell)

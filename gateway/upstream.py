@@ -9,22 +9,32 @@ node's own key goes instead (``credentials.py``).
 from __future__ import annotations
 
 import io
+import socket
 import ssl
+import sys
 from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Self
 
 import aiohttp
 import orjson
+from aiohttp.connector import AddrInfoType
 
-from cortex.gateway.config import Timeouts
 from cortex.gateway.credentials import Credentials
+from cortex.gateway.engine_errors import refusal as engine_refusal
 from cortex.gateway.errors import Relayed, reason_of
 from cortex.gateway.fleet import Node
+from cortex.gateway.written import Written
 from cortex.ipc.errors import ApiError, NodeFailed, NodeTimeout
 
 LIMIT_OF_A_REFUSAL_BYTES = 64 * 1024
 LARGE_BODY_BYTES = 2**20
+GONE_SECONDS = 12
+"""After which a host that acknowledges nothing is taken for gone, whatever a request waits for."""
+
+
+class Unreachable(NodeFailed):
+    """The node has not got the request: no connection came about."""
 
 
 class NodeAnswer:
@@ -52,14 +62,16 @@ class NodeAnswer:
 class NodeClient:
     """Connections to all nodes, pooled; an async context manager."""
 
-    def __init__(self, timeouts: Timeouts, credentials: Credentials) -> None:
-        self._timeouts = timeouts
+    def __init__(self, written: Written, credentials: Credentials) -> None:
+        self._written = written
         self._credentials = credentials
         self._session: aiohttp.ClientSession | None = None
 
     async def __aenter__(self) -> Self:
         self._session = aiohttp.ClientSession(
-            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=30),
+            connector=aiohttp.TCPConnector(
+                limit=0, keepalive_timeout=30, socket_factory=_watchful_socket
+            ),
             cookie_jar=aiohttp.DummyCookieJar(),
             auto_decompress=False,
             headers={"Accept-Encoding": "identity", "User-Agent": "cortex"},
@@ -80,8 +92,8 @@ class NodeClient:
         """
         limits = aiohttp.ClientTimeout(
             total=None,
-            sock_connect=self._timeouts.connect_seconds,
-            sock_read=self._timeouts.between_bytes_seconds,
+            sock_connect=self._written.timeouts.connect_seconds,
+            sock_read=self._written.timeouts.between_bytes_seconds,
         )
         async with self._request(node, f"POST {path}", body, headers, limits) as response:
             yield NodeAnswer(node, response)
@@ -98,7 +110,8 @@ class NodeClient:
         Raise Relayed, NodeFailed and NodeTimeout.
         """
         limits = aiohttp.ClientTimeout(
-            total=self._timeouts.control_seconds, sock_connect=self._timeouts.connect_seconds
+            total=self._written.timeouts.control_seconds,
+            sock_connect=self._written.timeouts.connect_seconds,
         )
         async with self._request(node, route, payload, headers or {}, limits) as response:
             with node_errors(node):
@@ -117,7 +130,9 @@ class NodeClient:
         method, path = route.split(" ", 1)
         # aiohttp wants large bodies as files, which it sends in pieces.
         data = io.BytesIO(body) if body and len(body) > LARGE_BODY_BYTES else body
-        credential = self._credentials.of(node.name)
+        credential = self._credentials.of(node.url)
+        if credential is None:
+            raise NodeFailed(f"node {node.name} is no longer configured")
         sent = {**headers, **credential.headers}
         if body is not None:
             sent["Content-Type"] = "application/json"
@@ -133,17 +148,46 @@ class NodeClient:
             )
         try:
             if response.status not in (200, 202):
-                raise await _refusal(node, response)
+                raise await _refusal(node, path, response)
             yield response
         finally:
             response.close()
 
 
-async def _refusal(node: Node, response: aiohttp.ClientResponse) -> ApiError:
+def _watchful_socket(address: AddrInfoType) -> socket.socket:
+    """Return a socket that breaks where the other host is gone without a word.
+
+    Between two bytes a node may compute for minutes; its kernel answers all the same.
+    """
+    family, kind, protocol, *_ = address
+    made = socket.socket(family, kind, protocol)
+    made.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+    if sys.platform == "linux":
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE, GONE_SECONDS // 2)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_KEEPINTVL, GONE_SECONDS // 4)
+        made.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, GONE_SECONDS * 1000)
+    return made
+
+
+async def _refusal(node: Node, path: str, response: aiohttp.ClientResponse) -> ApiError:
     if response.status < 400:
         return NodeFailed(f"node {node.name} answered with status {response.status}")
+    retry_after = response.headers.get("Retry-After")
+    if node.is_engine:
+        body = await _said(node, response)
+        return engine_refusal(node.name, response.status, body, path=path, retry_after=retry_after)
     if response.status == 401:  # of ours, not of the client's key
         return NodeFailed(f"node {node.name} wants another key: set key_file of this neuron")
+    return Relayed.of(
+        response.status,
+        _error_object(await _said(node, response)),
+        retry_after,
+        otherwise=f"node {node.name} answered with status {response.status} and no reason",
+    )
+
+
+async def _said(node: Node, response: aiohttp.ClientResponse) -> bytes:
+    """Return the body of a refusal, or as much of it as is read."""
     body = b""
     with node_errors(node):
         while left := LIMIT_OF_A_REFUSAL_BYTES - len(body):
@@ -151,12 +195,7 @@ async def _refusal(node: Node, response: aiohttp.ClientResponse) -> ApiError:
             if not piece:
                 break
             body += piece
-    return Relayed.of(
-        response.status,
-        _error_object(body),
-        response.headers.get("Retry-After"),
-        otherwise=f"node {node.name} answered with status {response.status} and no reason",
-    )
+    return body
 
 
 def _error_object(body: bytes) -> dict[str, Any]:
@@ -173,19 +212,20 @@ def node_errors(node: Node) -> Iterator[None]:
     try:
         yield
     except aiohttp.ConnectionTimeoutError as exc:
-        raise NodeFailed(f"node {node.name} accepts no connection") from exc
+        raise Unreachable(f"node {node.name} accepts no connection") from exc
     except (TimeoutError, aiohttp.ServerTimeoutError) as exc:
         raise NodeTimeout(f"node {node.name} did not answer in time") from exc
     except aiohttp.ClientConnectorCertificateError as exc:
         why = certificate_words(exc.certificate_error)
-        raise NodeFailed(
+        raise Unreachable(
             f"node {node.name} shows a certificate that is not trusted: {why}"
         ) from exc
     except aiohttp.ClientConnectorSSLError as exc:
         why = (exc.os_error.reason or "no reason").lower().replace("_", " ")
-        raise NodeFailed(f"node {node.name} cannot be spoken to over TLS ({why})") from exc
+        raise Unreachable(f"node {node.name} cannot be spoken to over TLS ({why})") from exc
     except aiohttp.ClientConnectorError as exc:
-        raise NodeFailed(f"node {node.name} cannot be reached ({reason_of(exc.os_error)})") from exc
+        why = reason_of(exc.os_error)
+        raise Unreachable(f"node {node.name} cannot be reached ({why})") from exc
     except aiohttp.ClientError as exc:
         raise NodeFailed(f"node {node.name} broke the connection") from exc
 

@@ -3,27 +3,33 @@
 Of a stream only the chunks up to the first text are parsed, and its tail when it has ended: there
 stand the finish, the neuron's comment ``: usage {json}`` and ``[DONE]``. A role chunk or a comment
 is no token, so the time to first token is the time to the first text, reasoning or call. Embeddings
-have tokens of a prompt only.
+have tokens of a prompt only. All dialects are read alike: before translation, as the node says it.
 """
 
 from __future__ import annotations
 
 import contextlib
 import time
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import structlog
+from msgspec import Meta
 
 from cortex.gateway import sse
+from cortex.gateway.budgets import Reservation, prompt_estimate
 from cortex.gateway.errors import STATUS_OF_CODE, Relayed
+from cortex.gateway.ledger import Ledger, cached_tokens
 from cortex.gateway.metrics import UNKNOWN, Metrics
 from cortex.ipc.errors import ApiError
-from cortex.ipc.openai_answers import Usage
+from cortex.ipc.openai_answers import PromptTokensDetails, Usage
 
 TAIL_BYTES = 16 * 1024
 CLIENT_GONE = 499
 """A status for logs only: the client went away before its answer was complete."""
+
+TURNED_AWAY = frozenset({429, 503})
+"""Statuses of those for whom there was no room, no budget or no model now."""
 
 CAUSES = frozenset({*STATUS_OF_CODE, "client_gone"})
 """What may stand in the label; a node may answer with any code."""
@@ -31,8 +37,39 @@ CAUSES = frozenset({*STATUS_OF_CODE, "client_gone"})
 log = structlog.get_logger()
 
 
-SAYS = ("content", "text", "reasoning_content", "tool_calls")
+def cause_of(code: str) -> str:
+    """Return *code* as a label."""
+    return code if code in CAUSES else UNKNOWN
+
+
+SAYS = ("content", "text", "reasoning_content", "reasoning", "tool_calls")
 """What a delta, or a choice of a text completion, says its tokens in."""
+
+
+MAX_TOKENS = 2**40
+"""Of one request; more is nonsense, and its sums would be no integers of SQLite's."""
+Tokens = Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
+
+
+class ToldDetails(msgspec.Struct):
+    """Of ``prompt_tokens_details`` what is counted; others than neurons may leave it out."""
+
+    cached_tokens: Tokens | None = None
+
+
+class ToldUsage(msgspec.Struct):
+    """``usage`` as little of it as is counted; embeddings have no completion."""
+
+    prompt_tokens: Tokens
+    completion_tokens: Tokens | None = None
+    prompt_tokens_details: ToldDetails | None = None
+
+    def counted(self) -> Usage:
+        """Return it in the shape that everybody reads."""
+        prompt, completion = self.prompt_tokens, self.completion_tokens or 0
+        details = self.prompt_tokens_details
+        cached = PromptTokensDetails(details.cached_tokens or 0) if details else None
+        return Usage(prompt, completion, prompt + completion, cached)
 
 
 class Measured(msgspec.Struct):
@@ -57,6 +94,8 @@ class Meter:
         self.finish_reason: str | None = None
         self.error: ApiError | None = None
         self.is_complete = False
+        self.chunks_of_text = 0
+        """Those with data that came from the first text on: about as many as tokens."""
         self._splitter = sse.EventSplitter()
         self._tail = bytearray()
 
@@ -65,8 +104,9 @@ class Meter:
         now = time.monotonic()
         if self.first_token_at is None and any(map(_has_text, self._splitter.feed(chunk))):
             self.first_token_at = now
-        if b"data: {" in chunk:
+        if chunks := chunk.count(b"data: {"):
             self.last_data_at = now
+            self.chunks_of_text += chunks if self.first_token_at is not None else 0
         self._tail += chunk
         if len(self._tail) > 2 * TAIL_BYTES:  # now and then: not a copy of it for each token
             del self._tail[:-TAIL_BYTES]
@@ -101,81 +141,139 @@ class Meter:
             self.error = Relayed.of(None, error)
         if isinstance(usage := data.get("usage"), dict):
             self._take_usage(usage)
-        for choice in data.get("choices") or []:
+        for choice in _choices(data):
             self.finish_reason = choice.get("finish_reason") or self.finish_reason
 
     def _take_usage(self, usage: dict[str, Any]) -> None:
         try:
-            self.usage = msgspec.convert({"completion_tokens": 0, **usage}, Usage)
+            self.usage = msgspec.convert(usage, ToldUsage).counted()
         except msgspec.ValidationError:
             log.warning("usage not understood", usage=usage)
 
 
 def _has_text(event: bytes) -> bool:
-    data = sse.data_of(event)
-    for choice in (data or {}).get("choices") or []:
+    for choice in _choices(sse.data_of(event) or {}):
         delta = choice.get("delta") or choice
         if any(delta.get(name) for name in SAYS):
             return True
     return False
 
 
+def _choices(data: dict[str, Any]) -> list[dict[str, Any]]:
+    choices = data.get("choices")
+    return [c for c in choices if isinstance(c, dict)] if isinstance(choices, list) else []
+
+
 class RequestRecord:
-    """One inference request, for its metrics and its canonical log line."""
+    """One inference request, for its metrics, its row in the ledger and its canonical log line."""
 
     def __init__(self, path: str, key: str | None) -> None:
         self.started_at = time.monotonic()
         self.model = UNKNOWN
         self.node = ""
+        self.reason: str | None = None
         self.status = 200
         self.code: str | None = None
+        self.body_bytes = 0
+        """Of what the node was sent."""
+        self.reservation: Reservation | None = None
+        self.queue_seconds: float | None = None
+        self.retries = 0
         self.meter = Meter()
         self._path = path
         self._key = key
+        self._is_turned_away = False
+
+    def asked(self, node: str, reason: str) -> None:
+        """Note that *node* is asked now, and why this one."""
+        self.node, self.reason = node, reason
+        if self.queue_seconds is None:
+            self.queue_seconds = time.monotonic() - self.started_at
+        else:
+            self.retries += 1
 
     def failed(self, error: ApiError, status: int) -> None:
         """Note why the client did not get its answer, or not all of it."""
         self.status = status
         self.code = error.code
+        self._is_turned_away = error.status in TURNED_AWAY
 
     def client_gone(self) -> None:
         """Note that the client left."""
         self.status = CLIENT_GONE
         self.code = "client_gone"
+        self.meter.ended()  # it may have left after the usage had come
 
-    def close(self, metrics: Metrics) -> None:
-        """Count it and log it; called once, after the last byte."""
+    def usage(self) -> Usage | None:
+        """Return what it has cost, as its node said, or None.
+
+        No node can say what a client cost that left in the middle of its stream, and there are
+        engines that never do: then it is the chunks that have come, and the prompt's estimate.
+        """
+        is_untold = self.meter.usage is None and self.code in (None, "client_gone")
+        if is_untold and self.meter.chunks_of_text:
+            prompt, completion = prompt_estimate(self.body_bytes), self.meter.chunks_of_text
+            return Usage(prompt, completion, prompt + completion)
+        return self.meter.usage
+
+    def close(self, metrics: Metrics, ledger: Ledger) -> None:
+        """Count it, settle it and log it; called once, after the last byte."""
         duration = time.monotonic() - self.started_at
-        meter = self.meter
-        first = None if meter.first_token_at is None else meter.first_token_at - self.started_at
-        self._count(metrics, duration, first)
+        first = self.meter.first_token_at
+        first_seconds = None if first is None else first - self.started_at
+        usage = self.usage()
+        if self.reservation:
+            self.reservation.settle(usage.prompt_tokens + usage.completion_tokens if usage else 0)
+        self._count(metrics, duration, first_seconds)
+        if usage:
+            ledger.count(self._key, self.model, usage)
+            self._count_tokens(metrics, usage)
         log.info(
             "request finished",
             path=self._path,
             model=self.model,
             node=self.node,
+            reason=self.reason,
             status=self.status,
             code=self.code,
-            prompt_tokens=meter.usage.prompt_tokens if meter.usage else None,
-            completion_tokens=meter.usage.completion_tokens if meter.usage else None,
-            first_token_seconds=None if first is None else round(first, 4),
-            duration_seconds=round(duration, 4),
-            finish_reason=meter.finish_reason,
+            prompt_tokens=usage.prompt_tokens if usage else None,
+            cached_tokens=cached_tokens(usage) if usage else None,
+            completion_tokens=usage.completion_tokens if usage else None,
+            queue_seconds=_rounded(self.queue_seconds),
+            first_token_seconds=_rounded(first_seconds),
+            duration_seconds=_rounded(duration),
+            finish_reason=self.meter.finish_reason,
+            retries=self.retries,
             key=self._key,
         )
 
     def _count(self, metrics: Metrics, duration: float, first: float | None) -> None:
         where = (self.model, self.node)
-        metrics.requests.labels(*where).inc()
-        metrics.duration.labels(*where).observe(duration)
+        metrics.counter(metrics.requests, *where).inc()
+        metrics.histogram(metrics.duration, *where).observe(duration)
         if self.code:
-            metrics.errors.labels(*where, self.code if self.code in CAUSES else UNKNOWN).inc()
+            metrics.errors.labels(*where, cause_of(self.code)).inc()
+            if self._is_turned_away:
+                metrics.rejections.labels(self.model, cause_of(self.code)).inc()
+        if self.queue_seconds is not None:
+            metrics.histogram(metrics.queue, *where).observe(self.queue_seconds)
         if first is not None:
-            metrics.first_token.labels(*where).observe(first)
-        if usage := self.meter.usage:
-            metrics.prompt_tokens.labels(*where).inc(usage.prompt_tokens)
-            metrics.completion_tokens.labels(*where).inc(usage.completion_tokens)
-            cached = usage.prompt_tokens_details
-            metrics.cached_prompt_tokens.labels(*where).inc(cached.cached_tokens if cached else 0)
+            metrics.histogram(metrics.first_token, *where).observe(first)
         if rate := self.meter.tokens_per_second():
-            metrics.rate.labels(*where).observe(rate)
+            metrics.histogram(metrics.rate, *where).observe(rate)
+
+    def _count_tokens(self, metrics: Metrics, usage: Usage) -> None:
+        where = (self.model, self.node)
+        metrics.counter(metrics.prompt_tokens, *where).inc(usage.prompt_tokens)
+        metrics.counter(metrics.completion_tokens, *where).inc(usage.completion_tokens)
+        metrics.counter(metrics.cached_prompt_tokens, *where).inc(cached_tokens(usage))
+        if self._key:
+            metrics.counter(metrics.spend_prompt, self._key).inc(usage.prompt_tokens)
+            metrics.counter(metrics.spend_completion, self._key).inc(usage.completion_tokens)
+            metrics.counter(metrics.spend, self._key).inc(
+                usage.prompt_tokens + usage.completion_tokens
+            )
+
+
+def _rounded(seconds: float | None) -> float | None:
+    return None if seconds is None else round(seconds, 4)

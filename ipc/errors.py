@@ -12,9 +12,12 @@ ApiError               status  code
 ├── MissingModelField          400  missing_model_field
 ├── UnsupportedParameter       400  unsupported_parameter
 ├── ContextLengthExceeded      400  context_length_exceeded
+├── PreviousResponseNotFound   400  previous_response_not_found
 ├── InvalidApiKey              401  invalid_api_key
 ├── ModelNotAllowed            403  model_not_allowed
+├── OperatorOnly               403  operator_only
 ├── ModelNotFound              404  model_not_found
+├── ResponseNotFound           404  response_not_found
 ├── RouteNotFound              404  not_found
 ├── MethodNotAllowed           405  method_not_allowed
 ├── RequestTimeout             408  request_timeout
@@ -148,6 +151,13 @@ class ContextLengthExceeded(ApiError):
         )
 
 
+class PreviousResponseNotFound(ApiError):
+    """What a request goes on from is not stored, or not for this key."""
+
+    status = 400
+    code = "previous_response_not_found"
+
+
 class InvalidApiKey(ApiError):
     """No key, or one that nobody knows."""
 
@@ -162,11 +172,25 @@ class ModelNotAllowed(ApiError):
     code = "model_not_allowed"
 
 
+class OperatorOnly(ApiError):
+    """The key is known but may not change the fleet."""
+
+    status = 403
+    code = "operator_only"
+
+
 class ModelNotFound(ApiError):
     """Nobody can serve the model."""
 
     status = 404
     code = "model_not_found"
+
+
+class ResponseNotFound(ApiError):
+    """No such response is stored, or not for this key."""
+
+    status = 404
+    code = "response_not_found"
 
 
 class RouteNotFound(ApiError):

@@ -74,9 +74,9 @@ def unpacked(body: bytes, limit_bytes: int = MAX_BODY_BYTES) -> bytes:
     return whole
 
 
-async def decoded(body: bytes, decode: Callable[[bytes], T]) -> T:
+async def decoded(body: bytes, decode: Callable[[bytes], T], large_bytes: int = LARGE_BYTES) -> T:
     """Return ``decode(body)``, made in a thread where *body* is large; raise what it raises."""
-    if len(body) < LARGE_BYTES:
+    if len(body) < large_bytes:
         return decode(body)
     return await asyncio.to_thread(decode, body)
 

@@ -26,7 +26,7 @@ from typing import Literal
 
 import msgspec
 
-PROTOCOL_VERSION = 3
+PROTOCOL_VERSION = 4
 """Raise it with any change to the fields below; peers that disagree refuse to talk."""
 
 
@@ -45,11 +45,13 @@ class ReasoningBudget(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
 class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     """How to choose the next token, already resolved. ``temperature=0`` is greedy.
 
-    ``max_tokens`` counts generated tokens, the end-of-sequence token included. ``top_k=0``,
+    ``max_tokens`` counts generated tokens, the end-of-sequence token included; of 0 the prompt is
+    computed, and the sequence ends with nothing but its finish. ``top_k=0``,
     ``top_p=1`` and ``min_p=0`` switch those filters off, as 1 does the repetition penalty and 0 the
     other two. ``logit_bias`` is added to the logits of its token ids. ``stop_token_ids`` end the
     sequence. ``top_logprobs`` asks for the log probability of the chosen token and of so many of
     the likeliest ones, None for none at all; they are those of the unmodified distribution.
+    ``prompt_logprobs`` asks the same of the prompt's tokens, all of which are then computed.
     ``grammar`` is one that llguidance reads (a Lark text, or its JSON of several grammars): no
     token that it does not allow is chosen, and the answer can end only where it may.
     """
@@ -66,6 +68,7 @@ class SamplingParams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     logit_bias: dict[int, float] = {}
     stop_token_ids: tuple[int, ...] = ()
     top_logprobs: int | None = None
+    prompt_logprobs: int | None = None
     reasoning_budget: ReasoningBudget | None = None
     grammar: str | None = None
 
@@ -282,7 +285,8 @@ class Failed(Message, frozen=True, tag="failed"):
     """A command, or a running sequence, could not be carried out. Failure is data.
 
     ``fatal`` means the device's context is lost: the process exits right after. A Failed that names
-    a sequence ends it; whatever the ring still holds of it came before.
+    a sequence ends it; whatever the ring still holds of it came before. ``numbers`` are those that
+    a load was refused by, in bytes.
     """
 
     code: str
@@ -290,6 +294,7 @@ class Failed(Message, frozen=True, tag="failed"):
     command_id: int | None = None
     sequence_id: int | None = None
     fatal: bool = False
+    numbers: dict[str, int] = {}
 
 
 class Bye(Message, frozen=True, tag="bye"):

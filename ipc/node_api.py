@@ -45,6 +45,8 @@ class DeviceHealth(msgspec.Struct, frozen=True):
     state: DeviceState
     vram_used_mb: int | None = None
     vram_free_mb: int | None = None
+    loadable_mb: int | None = None
+    """What a load could take: what no model holds, no load on its way, and nobody else."""
     utilization_pct: int | None = None
     temp_c: int | None = None
     lifecycle_cycles: int = 0
@@ -242,6 +244,21 @@ class LoadRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     tool_parser: ToolParser = "auto"
     reasoning_parser: ReasoningParser = "auto"
     wait: bool = False
+
+
+class LoadEstimate(msgspec.Struct, frozen=True, omit_defaults=True):
+    """``POST /models/estimate``, with the body of a load: what it would take, without loading.
+
+    What cannot work, not even on an empty device of this node, is a 422 with its kind, as the load
+    would be; where nobody can tell within seconds, or without a download, the numbers are absent.
+    """
+
+    least_mb: int | None = None
+    """Weights, the smallest useful KV cache and the workspace of a step."""
+    wanted_mb: int | None = None
+    """What it would hold if there were room for all of it."""
+    is_measured: bool = False
+    """Whether an earlier load was measured; else it is arithmetic."""
 
 
 class LoadAnswer(msgspec.Struct, frozen=True):

@@ -17,6 +17,7 @@ import msgspec
 from msgspec import Meta
 
 from cortex.ipc.errors import InvalidRequest, UnsupportedParameter
+from cortex.ipc.last_turn import EndsInTurn
 from cortex.ipc.requests import ModelId, Parameters, decode_object, model_of, typed
 from cortex.ipc.structured import ResponseFormat, StructuredOutputs
 from cortex.ipc.tools import OffersTools, ToolCall, ToolChoice, Tools
@@ -33,7 +34,8 @@ RepetitionPenalty = Annotated[float, Meta(ge=0.01, le=2.0)]
 """It divides logits; a smaller one would push them out of what floats hold."""
 Penalty = Annotated[float, Meta(ge=-2.0, le=2.0)]
 Seed = Annotated[int, Meta(ge=-(2**63), le=2**63 - 1)]
-MaxTokens = Annotated[int, Meta(ge=1, le=MAX_TOKENS)]
+MaxTokens = Annotated[int, Meta(ge=0, le=MAX_TOKENS)]
+"""Of 0 the prompt is computed, for the prefix cache say, and the answer is empty."""
 TokenId = Annotated[int, Meta(ge=0, le=2**31 - 1)]
 LogitBias = Annotated[
     dict[TokenId, Annotated[float, Meta(ge=-100.0, le=100.0)]], Meta(max_length=1024)
@@ -42,6 +44,8 @@ TopLogprobs = Annotated[int, Meta(ge=0, le=20)]
 ReasoningEffort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Prompt = str | list[TokenId | str]
 """Text or token ids; a list with one text is that text."""
+Prompts = str | list[TokenId | str | list[TokenId]]
+"""One, or several: a list of texts, or of lists of token ids."""
 
 PARAMETERS = Parameters(
     without_effect=frozenset(
@@ -56,8 +60,10 @@ PARAMETERS = Parameters(
         }
     ),
     neutral={
+        "add_generation_prompt": (None, True),
         "audio": (None,),
         "best_of": (None, 1),
+        "continue_final_message": (None, False),
         "echo": (None, False),
         "frequency_penalty": (None, 0, 0.0),
         "function_call": (None, "none"),
@@ -71,6 +77,7 @@ PARAMETERS = Parameters(
         "parallel_tool_calls": (None, True),
         "prediction": (None,),
         "presence_penalty": (None, 0, 0.0),
+        "reasoning": (None, {}, {"summary": "auto"}),
         "reasoning_effort": (None,),
         "repetition_penalty": (None, 1, 1.0),
         "response_format": (None, {"type": "text"}),
@@ -173,13 +180,15 @@ class SamplingRequest(ModelRequest, kw_only=True):
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
 
-class ChatCompletionRequest(OffersTools, SamplingRequest, kw_only=True):
+class ChatCompletionRequest(EndsInTurn, OffersTools, SamplingRequest, kw_only=True):
     """``POST /v1/chat/completions``."""
 
     messages: Annotated[list[ChatMessage], Meta(min_length=1)]
     tools: Tools | None = None
     tool_choice: ToolChoice | None = None
     response_format: ResponseFormat | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: ReasoningEffort | None = None
     thinking: Thinking | None = None
@@ -205,6 +214,7 @@ class ChatCompletionRequest(OffersTools, SamplingRequest, kw_only=True):
         """Raise UnsupportedParameter for a value that would be ignored, InvalidRequest for two."""
         super().refuse_unsupported()
         self._refuse_two_formats()
+        self.refuse_bad_end(self.messages)
         if self.top_logprobs and not self.logprobs:
             raise UnsupportedParameter(
                 "'top_logprobs' needs 'logprobs': true", param="top_logprobs"
@@ -232,17 +242,42 @@ class ChatCompletionRequest(OffersTools, SamplingRequest, kw_only=True):
 
 
 class CompletionRequest(SamplingRequest, kw_only=True):
-    """``POST /v1/completions``; the prompt is text or token ids, one of them."""
+    """``POST /v1/completions``; a prompt is text or token ids.
+
+    Of several prompts the answers to the first come first, ``n`` to each.
+    """
 
     INSTEAD = {"response_format": "use 'structured_outputs', which says the same here"}
 
-    prompt: Prompt
+    prompt: Prompts
+    suffix: str | None = None
+    """What follows the answer, where the model can fill in between."""
+    echo: bool | None = False
+    """Whether an answer begins with its prompt."""
     logprobs: TopLogprobs | None = None
     best_of: Annotated[int, Meta(ge=1)] | None = None
 
     def __post_init__(self) -> None:
-        """Refuse several prompts at once, and lists that mix text and ids."""
-        self.prompt = _one_prompt(self.prompt)
+        """Refuse lists that mix texts, ids and lists of ids, and more answers than there can be."""
+        if not isinstance(self.prompt, str) and len({type(item) for item in self.prompt}) > 1:
+            raise ValueError("Expected texts, token ids, or lists of those - at `$.prompt`")
+        if self.choices > MAX_CHOICES:
+            raise ValueError(
+                f"Expected at most {MAX_CHOICES} answers: prompts times n - at `$.prompt`"
+            )
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        """Each a text or token ids."""
+        if isinstance(self.prompt, str):
+            return [self.prompt]
+        several = [item for item in self.prompt if not isinstance(item, int)]
+        return several or [[item for item in self.prompt if isinstance(item, int)]]
+
+    @property
+    def choices(self) -> int:
+        """How many answers are asked for, to all prompts."""
+        return super().choices * len(self.prompts)
 
     @property
     def limit_tokens(self) -> int | None:
@@ -256,15 +291,20 @@ class CompletionRequest(SamplingRequest, kw_only=True):
 
     def refuse_unsupported(self) -> None:
         """Raise UnsupportedParameter for a choice among more answers than are shown."""
-        if self.best_of not in (None, self.choices):
+        if self.best_of not in (None, self.n or 1):
             raise UnsupportedParameter(
                 "'best_of' is not supported by this version; leave it out, or ask for as many as "
                 "'n'",
                 param="best_of",
             )
+        if self.suffix and self.echo:
+            raise UnsupportedParameter(
+                "'echo' is not supported beside 'suffix': the answer stands between the two",
+                param="echo",
+            )
 
 
-class TokenizeRequest(OffersTools, ModelRequest, kw_only=True):
+class TokenizeRequest(EndsInTurn, OffersTools, ModelRequest, kw_only=True):
     """``POST /tokenize``: messages, or a prompt; sampling parameters are not needed."""
 
     messages: Annotated[list[ChatMessage], Meta(min_length=1)] | None = None
@@ -274,7 +314,8 @@ class TokenizeRequest(OffersTools, ModelRequest, kw_only=True):
     chat_template_kwargs: dict[str, Any] | None = None
     reasoning_effort: ReasoningEffort | None = None
     thinking: Thinking | None = None
-    add_generation_prompt: bool = True
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
 
     def __post_init__(self) -> None:
         """Refuse both and neither, and prompts that a completion would refuse."""
@@ -282,6 +323,11 @@ class TokenizeRequest(OffersTools, ModelRequest, kw_only=True):
             raise ValueError("Give messages, or a prompt - at `$.messages`")
         if self.prompt is not None:
             self.prompt = _one_prompt(self.prompt)
+
+    def refuse_unsupported(self) -> None:
+        """Raise UnsupportedParameter or InvalidRequest as chat would."""
+        super().refuse_unsupported()
+        self.refuse_bad_end(self.messages)
 
 
 class EmbeddingRequest(ModelRequest, kw_only=True):

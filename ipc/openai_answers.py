@@ -1,7 +1,13 @@
 """What clients of OpenAI's dialect get: answers, the chunks they stream in, and lists of models.
 
-Field names and nulls are those that strict clients check: ``refusal`` and ``logprobs`` are always
-there; ``reasoning_content``, ``tool_calls`` and ``stop_reason`` only where they say something.
+Field names and nulls are those that strict clients check: ``refusal``, ``annotations`` and
+``logprobs`` are always there; ``reasoning_content``, ``tool_calls`` and ``stop_reason`` only where
+they say something.
+
+An answer that is as long as it may be ends with ``"finish_reason": "length"``. Where that was the
+end of the model's context, and not what the request allowed, ``stop_reason`` is ``CONTEXT_FULL``:
+OpenAI's clients know no such field, and the Anthropic dialect makes
+``model_context_window_exceeded`` of it.
 """
 
 from __future__ import annotations
@@ -11,6 +17,7 @@ from typing import Any, Literal
 import msgspec
 from msgspec import UNSET, UnsetType
 
+from cortex.ipc.node_api import Limit
 from cortex.ipc.tools import ToolCall
 
 
@@ -45,10 +52,13 @@ class Usage(msgspec.Struct, frozen=True, omit_defaults=True):
 
 FinishReason = Literal["stop", "length", "tool_calls"]
 
+CONTEXT_FULL = "context_length"
+"""``stop_reason`` of an answer of finish reason ``length`` that filled the context."""
+
 StopReason = str | int | UnsetType
-"""The stop string, or the token of ``stop_token_ids``, that ended an answer, as vLLM spells it;
-absent where an end token or the limit did. The Anthropic dialect tells ``stop_sequence`` from
-``end_turn`` by it."""
+"""The stop string, or the token of ``stop_token_ids``, that ended an answer, as vLLM spells it, or
+``CONTEXT_FULL``; absent where an end token or the limit did. The Anthropic dialect tells
+``stop_sequence`` from ``end_turn`` by it."""
 
 
 class TopLogprob(msgspec.Struct, frozen=True):
@@ -76,11 +86,14 @@ class ChatLogprobs(msgspec.Struct, frozen=True):
 
 
 class TextLogprobs(msgspec.Struct, frozen=True):
-    """The same for a text completion; offsets count characters from the answer's begin."""
+    """The same for a text completion; offsets count characters from the begin of its text.
+
+    The first token of a prompt that is echoed has no probability: null.
+    """
 
     tokens: list[str]
     token_logprobs: list[float | None]
-    top_logprobs: list[dict[str, float]]
+    top_logprobs: list[dict[str, float] | None]
     text_offset: list[int]
 
 
@@ -90,6 +103,7 @@ class AnswerMessage(msgspec.Struct, frozen=True):
     content: str | None
     role: str = "assistant"
     refusal: None = None
+    annotations: tuple[()] = ()
     reasoning_content: str | UnsetType = UNSET
     tool_calls: list[ToolCall] | UnsetType = UNSET
 
@@ -207,7 +221,11 @@ class EmbeddingList(msgspec.Struct, frozen=True):
 
 
 class ModelEntry(msgspec.Struct, frozen=True):
-    """One model of ``GET /v1/models``; unknown limits are left out, absent is not zero."""
+    """One model of ``GET /v1/models``; what is not known is left out, absent is not zero.
+
+    ``max_model_len`` is ``context_length`` as vLLM spells it; ``cost`` is US dollars for a million
+    tokens of input, output, cache_read and cache_write.
+    """
 
     id: str
     created: int
@@ -218,10 +236,24 @@ class ModelEntry(msgspec.Struct, frozen=True):
     context_length: int | UnsetType = UNSET
     max_model_len: int | UnsetType = UNSET
     max_input_tokens: int | UnsetType = UNSET
+    max_output_tokens: int | UnsetType = UNSET
+    limit: Limit | UnsetType = UNSET
+    capabilities: list[str] | UnsetType = UNSET
+    tool_call: bool | UnsetType = UNSET
+    reasoning: bool | UnsetType = UNSET
+    cost: dict[str, float] | UnsetType = UNSET
+    feasible_on: list[str] | UnsetType = UNSET
+    """Nodes that have it, or could."""
 
 
 class ModelList(msgspec.Struct, frozen=True):
-    """``GET /v1/models``."""
+    """``GET /v1/models``.
+
+    Codex, which asks with ``client_version``, cannot read a list without ``models``. An entry there
+    must have the prompt that Codex is to use instead of its own; an empty list is read, and leaves
+    it its own (codex-cli 0.169.0, 2026-11-21).
+    """
 
     data: list[ModelEntry]
     object: str = "list"
+    models: list[Any] | UnsetType = UNSET

@@ -107,6 +107,14 @@ def model_of(raw: dict[str, Any]) -> str:
     return model
 
 
+def string_of(raw: dict[str, Any], name: str, where: str) -> str:
+    """Return the text *name* of *raw*, which stands at *where*; raise InvalidRequest."""
+    value = raw.get(name)
+    if not isinstance(value, str):
+        raise InvalidRequest(f"{where}.{name}: a string is needed", param=f"{where}.{name}")
+    return value
+
+
 def typed(raw: dict[str, Any], shape: type[S], where: str = "") -> S:
     """Return *raw*, which stands at *where*, as a *shape*; raise InvalidRequest with the place."""
     try:

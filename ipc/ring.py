@@ -12,7 +12,8 @@
     spare                          20     4    of a TOP record its rank, from 1; else zero
 
 A TOP record is one of the likeliest alternatives to a token; those of a token come right before its
-own record, likeliest first, and end nothing.
+own record, likeliest first, and end nothing. Where the log probabilities of a prompt are asked for,
+a SCORE record for each of its tokens but the first comes before everything else of the sequence.
 
 The ring's two counters *are* the two eventfds. ``write`` adds and ``read`` takes under one kernel
 spinlock, a release and an acquire: whoever reads n from ``filled`` sees those n records whole, and
@@ -57,6 +58,8 @@ class Flag(IntFlag):
     PROMPT = 32
     """No token: ``token_id`` is how many tokens of the prompt were found in the prefix cache. It
     comes once, before the first token of an answer."""
+    SCORE = 64
+    """No token of the answer: the next one of the prompt, and its logprob."""
     FINISH = STOP | LENGTH | CANCELLED
 
 

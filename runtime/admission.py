@@ -172,7 +172,7 @@ class Admission:
         most = self.seats.max_in_flight
         if count > most:
             raise InvalidRequest(
-                f"'n' is {count}, and the model gives at most {most} answers at a time",
+                f"{count} answers are asked for, and the model gives at most {most} at a time",
                 param="n",
                 extras={"n": count, "seats": most},
             )

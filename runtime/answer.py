@@ -4,7 +4,8 @@
 
 Tokens are taken one by one, so an answer, its usage and its log probabilities are the same however
 the tokens arrive in batches. Tokens behind a stop string, or behind the only call that was asked
-for, do not count: how many there are is a matter of timing.
+for, do not count: how many there are is a matter of timing. An echo of the prompt comes first, and
+is looked at by nobody.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from cortex.ipc.errors import NodeFailed
-from cortex.ipc.openai_answers import FinishReason
+from cortex.ipc.openai_answers import CONTEXT_FULL, FinishReason
 from cortex.ipc.ring import Flag, TokenRecord
 from cortex.ipc.tools import FunctionCall, ToolCall
 from cortex.runtime.logprobs import Logprobs, Scored
@@ -28,7 +29,7 @@ from cortex.runtime.pieces import (
     Text,
 )
 
-TOKEN, TOP, PROMPT = int(Flag.TOKEN), int(Flag.TOP), int(Flag.PROMPT)
+TOKEN, TOP, PROMPT, SCORE = int(Flag.TOKEN), int(Flag.TOP), int(Flag.PROMPT), int(Flag.SCORE)
 STOP, LENGTH, CANCELLED = int(Flag.STOP), int(Flag.LENGTH), int(Flag.CANCELLED)
 FINISH = int(Flag.FINISH)
 """As plain numbers: one ``&`` of an IntFlag takes longer than to make a token text."""
@@ -71,6 +72,10 @@ class Reading:
     """Whether the answer ends where a second call would begin."""
     is_calls_only: bool = False
     """Whether calls are demanded: what an answer that is cut leaves of a marker is no text then."""
+    echo: str = ""
+    """The prompt, where the answer begins with it."""
+    is_room_the_limit: bool = False
+    """Whether the context ends before what the request allows."""
 
 
 class Answer:
@@ -112,8 +117,7 @@ class Answer:
     def _add(self, record: TokenRecord) -> list[Piece]:
         flags, reading = record.flags, self._reading
         if not flags & (TOKEN | FINISH):
-            self._note(record)
-            return []
+            return self._note(record)
         text = self._text_of(record) if flags & TOKEN else ""
         if flags & (STOP | LENGTH):
             rest = reading.detokenizer.flush()
@@ -125,12 +129,19 @@ class Answer:
             pieces += self._finish(record)
         return self._noted(pieces, flags)
 
-    def _note(self, record: TokenRecord) -> None:
-        """Remember what a record says that is no token of the answer."""
+    def _note(self, record: TokenRecord) -> list[Piece]:
+        """Remember what a record says that is no token of the answer; return the echo, at last."""
+        logprobs = self._reading.logprobs
         if record.flags & PROMPT:
             self.cached_tokens = record.token_id
-        elif record.flags & TOP and self._reading.logprobs:
-            self._reading.logprobs.top(record)
+            if logprobs:
+                logprobs.prompt()
+            return [Text(self._reading.echo)] if self._reading.echo else []
+        if logprobs and record.flags & TOP:
+            logprobs.top(record)
+        elif logprobs and record.flags & SCORE:
+            logprobs.prompt_token(record)
+        return []
 
     def _text_of(self, record: TokenRecord) -> str:
         """Return the text that a token makes final; the one that ends a sequence has none."""
@@ -167,6 +178,8 @@ class Answer:
             self.stop_reason = record.token_id
         text = self._reading.stops.flush()
         if record.flags & LENGTH:
+            if self._reading.is_room_the_limit:
+                self.stop_reason = CONTEXT_FULL
             return self._last(text, "length", has_ended=False)
         return self._last(text, "stop", has_ended=True)
 

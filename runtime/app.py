@@ -8,6 +8,7 @@ from collections.abc import AsyncIterator
 from aiohttp import web
 
 from cortex.ipc.http_server import HttpRunner
+from cortex.ipc.openapi import document
 from cortex.ipc.taps import Tap
 from cortex.runtime.access import Access, admitting
 from cortex.runtime.activation import Activation
@@ -27,10 +28,9 @@ from cortex.runtime.middlewares import (
     with_request_id,
 )
 from cortex.runtime.node import Node
-from cortex.runtime.openapi import document
 from cortex.runtime.prompts import TextThreads
 from cortex.runtime.readings import Readings
-from cortex.runtime.route_table import ROUTES
+from cortex.runtime.route_table import NEURON
 from cortex.runtime.routes import DOCUMENT, SERVICES, Services
 from cortex.runtime.traffic import Traffics
 from cortex.runtime.version import Build
@@ -89,8 +89,8 @@ def build_app(services: Services) -> web.Application:
     """Return the application; it needs the server of ``build_runner``."""
     app = web.Application(middlewares=[with_request_id, errors_as_json, admitting(services.access)])
     app[SERVICES] = services
-    app[DOCUMENT] = document(ROUTES, services.build.package_version)
-    app.add_routes([route.definition() for route in ROUTES])
+    app[DOCUMENT] = document(NEURON, services.build.package_version)
+    app.add_routes([route.definition() for route in NEURON.routes])
     app.on_response_prepare.append(echo_request_id)
     app.cleanup_ctx.append(_text_threads)
     app.cleanup_ctx.append(_grammar_check)

@@ -23,12 +23,14 @@ from cortex.ipc.messages import ReasoningBudget
 from cortex.ipc.node_api import EMBEDDED_MODEL, LoadRequest, ReasoningParser, ToolParser, ToolPrompt
 from cortex.runtime import hermes_turns
 from cortex.runtime.answer_grammar import of_answer
+from cortex.runtime.chat_messages import turns_of
 from cortex.runtime.chat_template import ChatTemplate
 from cortex.runtime.conversation import ChatPrompt, Conversation, ReasoningWish
 from cortex.runtime.parameter_values import resolved
 from cortex.runtime.pieces import PlainReader, Reader
 from cortex.runtime.reasoning import (
     EFFORT_BUDGETS,
+    ReasoningFormat,
     ReasoningReader,
     format_of,
     nearest_word,
@@ -54,6 +56,32 @@ class ChatOptions:
         if tool_prompt == "auto" and request.model_id == EMBEDDED_MODEL:
             tool_prompt = "hermes"
         return cls(tool_prompt, request.tool_parser, request.reasoning_parser)
+
+
+@dataclass(frozen=True, slots=True)
+class Begun:
+    """How far an answer is where the prompt ends."""
+
+    reasoning: ReasoningFormat | None = None
+    """What is read at its beginning; None within a text."""
+    to_come: ReasoningFormat | None = None
+    """What the model may still write."""
+    is_open: bool = False
+    """Whether it is inside of the reasoning."""
+    is_within: bool = False
+    """Whether it has said something."""
+
+    @classmethod
+    def of(cls, form: ReasoningFormat | None, prompt: str, conversation: Conversation) -> Begun:
+        """Return where the answer to *prompt*, which *conversation* became, begins."""
+        said = _continued(conversation)
+        if form is None:
+            return cls(is_within=bool(said))
+        if said:
+            rest = form if form.is_open_in(said) else None
+            return cls(rest, rest, is_open=rest is not None, is_within=True)
+        to_come = None if form.is_over_after(prompt) else form
+        return cls(form, to_come, is_open=form.is_open_after(prompt))
 
 
 class Chat:
@@ -103,13 +131,15 @@ class Chat:
             tools=conversation.tools,
             tools_as_words=self._options.tool_prompt == "hermes",
             add_generation_prompt=conversation.add_generation_prompt,
+            continues_last=conversation.continues_last,
         )
+        begun = Begun.of(self._reasoning, text, conversation)
         return ChatPrompt(
             encoded(self._tokenizer, text, "messages"),
-            reader=self._reader(text, offered),
+            reader=self._reader(begun, offered),
             shown_ids=self._shown_ids(has_tools=bool(offered)),
-            reasoning_budget=self._budget(wish, text),
-            grammar=self._grammar(conversation, text),
+            reasoning_budget=self._budget(wish, begun),
+            grammar=self._grammar(conversation, begun),
         )
 
     def _tool_format(self) -> ToolFormat | None:
@@ -160,10 +190,10 @@ class Chat:
             told["reasoning_effort"] = nearest_word(wish.effort, can.efforts)
         return told
 
-    def _budget(self, wish: ReasoningWish, prompt: str) -> ReasoningBudget | None:
+    def _budget(self, wish: ReasoningWish, begun: Begun) -> ReasoningBudget | None:
         """Return how long the reasoning may get; None where nothing bounds it."""
-        form = self._reasoning
-        if form is None or form.is_over_after(prompt):
+        form = begun.to_come
+        if form is None:
             return None
         tokens = wish.budget_tokens
         if wish.is_enabled is False:
@@ -172,21 +202,18 @@ class Chat:
             tokens = EFFORT_BUDGETS.get(wish.effort or "")
         if tokens is None:
             return None
-        begin = () if form.is_open_after(prompt) else self._tokenizer.encode(form.begin)
+        begin = () if begun.is_open else self._tokenizer.encode(form.begin)
         return ReasoningBudget(tokens, tuple(begin), tuple(self._tokenizer.encode(form.end)))
 
-    def _grammar(self, conversation: Conversation, prompt: str) -> str | None:
-        """Return the grammar of the answer to *prompt*, None where nothing is demanded."""
-        reasoning = self._reasoning
-        if reasoning is not None and reasoning.is_over_after(prompt):
-            reasoning = None
+    def _grammar(self, conversation: Conversation, begun: Begun) -> str | None:
+        """Return the grammar of what is generated, None where nothing is demanded."""
         return of_answer(
             conversation.text_demand,
             conversation.call_demand,
             control_id=self._control_id,
             call_grammar=self._tools.grammar if self._tools else None,
-            reasoning=reasoning,
-            is_open=reasoning is not None and reasoning.is_open_after(prompt),
+            reasoning=begun.to_come,
+            is_open=begun.is_open,
         )
 
     def _control_id(self, marker: str) -> int | None:
@@ -195,15 +222,16 @@ class Chat:
         return token_id if token_id in self._tokenizer.control_ids else None
 
     def _reader(
-        self, prompt: str, offered: Mapping[str, Mapping[str, Any]]
+        self, begun: Begun, offered: Mapping[str, Mapping[str, Any]]
     ) -> Callable[[], Reader]:
-        """Return what makes a reader of one answer to *prompt*."""
-        tools, reasoning = self._tools, self._reasoning
-        is_open = reasoning is not None and reasoning.is_open_after(prompt)
+        """Return what makes a reader of one answer."""
+        tools, reasoning = self._tools, begun.reasoning
 
         def reader() -> Reader:
-            rest: Reader = ToolCallReader(tools, offered) if tools and offered else PlainReader()
-            return ReasoningReader(reasoning, rest, is_open=is_open) if reasoning else rest
+            rest: Reader = PlainReader()
+            if tools and offered:
+                rest = ToolCallReader(tools, offered, is_begun=begun.is_within)
+            return ReasoningReader(reasoning, rest, is_open=begun.is_open) if reasoning else rest
 
         return reader
 
@@ -216,6 +244,14 @@ class Chat:
             markers += self._tools.markers
         found = (self._control_id(marker) for marker in markers)
         return frozenset(i for i in found if i is not None)
+
+
+def _continued(conversation: Conversation) -> str:
+    """Return what the answer continues; nothing where it begins anew."""
+    if not conversation.continues_last:
+        return ""
+    [turn] = turns_of(conversation.messages[-1:])
+    return str(turn["content"]).strip()
 
 
 def encoded(tokenizer: Tokenizer, text: str, param: str, *, with_bos: bool = False) -> list[int]:

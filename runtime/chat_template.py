@@ -19,6 +19,10 @@ from cortex.runtime.template_probe import TemplateProbe, Tools
 from cortex.runtime.template_sandbox import TEMPLATE_FAILURES, SandboxedTemplate
 from cortex.runtime.turn_shapes import as_parts, fold_systems, shaped_calls
 
+END_MARK = "THE-LAST-TURN-IS-OPEN "
+"""Put behind a turn that is to be continued: what the template writes from there on is cut off. Its
+last character tells whether the template keeps the spaces at a text's end."""
+
 RESERVED = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
 
 
@@ -55,11 +59,13 @@ class ChatTemplate:
         tools: Tools = (),
         tools_as_words: bool = False,
         add_generation_prompt: bool = True,
+        continues_last: bool = False,
     ) -> str:
         """Return the prompt; raise InvalidRequest or UnsupportedParameter, naming the place.
 
         *template_kwargs* (``enable_thinking``, ...) become variables of the template.
-        *tools_as_words* writes tools, calls and results in the Hermes format.
+        *tools_as_words* writes tools, calls and results in the Hermes format. *continues_last* ends
+        the prompt behind the text of the last turn, as transformers' ``continue_final_message``.
         """
         template_kwargs = template_kwargs or {}
         for name in template_kwargs:
@@ -69,15 +75,19 @@ class ChatTemplate:
                     param=f"chat_template_kwargs.{name}",
                 )
         turns = turns_of(messages)
+        said = turns[-1]["content"]
+        if continues_last:
+            turns[-1]["content"] += END_MARK
         variables = {**template_kwargs, "add_generation_prompt": add_generation_prompt}
         try:
             if tools_as_words:
                 turns, tools = hermes_turns(turns, tools), ()
-            return self._run(self._given(turns), tools or self.expressible.no_tools, variables)
+            text = self._run(self._given(turns), tools or self.expressible.no_tools, variables)
         except TEMPLATE_FAILURES as exc:
             raise InvalidRequest(
                 f"the model's chat template refuses this conversation: {exc}", param="messages"
             ) from exc
+        return _left_open(text, said, f"messages[{len(messages) - 1}]") if continues_last else text
 
     def _run(self, turns: Iterable[Turn], tools: Tools | None, variables: Mapping[str, Any]) -> str:
         return self._template.run(
@@ -115,6 +125,18 @@ class ChatTemplate:
                 'loaded with tool_prompt = "hermes" it gets them as text',
                 param=f"{place}.tool_calls" if "tool_calls" in turn else f"{place}.role",
             )
+
+
+def _left_open(prompt: str, said: str, place: str) -> str:
+    """Return *prompt* up to where the last turn has *said* its text; raise InvalidRequest."""
+    at = prompt.rfind(END_MARK.rstrip())
+    if at < 0 or said.strip() not in prompt[:at]:
+        raise InvalidRequest(
+            "this model's chat template does not show the last turn as it is, so it cannot be "
+            "continued",
+            param=place,
+        )
+    return prompt[:at] if prompt.startswith(END_MARK, at) else prompt[:at].rstrip()
 
 
 def _unusable(why: str) -> Unloadable:

@@ -1,16 +1,13 @@
 """``neuron check``: what a load would take and where it would fit, without loading anything.
 
-Weights are what the headers say, a token of KV cache is arithmetic. The workspace of a step is
-estimated, because only a loaded model can be measured: for each token of a step's budget three
-hidden states and three of the MLP's are alive at once (measured: 25,600 bytes for SmolLM2-135M in
-float32, where this says 25,344), beside the logits of sixteen sequences.
+What is needed is ``estimates.py``'s arithmetic; here it is judged by what is free.
 """
 
 from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,14 +22,12 @@ from cortex.models.checkpoints.checkpoint import Checkpoint
 from cortex.runtime import preflight
 from cortex.runtime.config import DeviceSpec
 from cortex.runtime.discovery import GpuProbe, Inventory, ProbeFailed
+from cortex.runtime.estimates import workspace_bytes
 from cortex.runtime.model_files import ModelFiles, Survey
 from cortex.runtime.places import Places
 from cortex.runtime.preflight import Needs
 
 MIB = 2**20
-STEP_TOKENS = {"cpu": 128, "cuda": 512}
-SEATS = 16
-BYTES_PER_LOGIT = 56
 
 
 @dataclass(frozen=True, slots=True)
@@ -144,15 +139,6 @@ def rooms_of(specs: Sequence[DeviceSpec], inventory: Inventory, probe: GpuProbe)
         bound = spec.memory_bytes if free is None else min(free, spec.memory_bytes)
         found.append(Room(spec, bound))
     return found
-
-
-def workspace_bytes(config: Mapping[str, Any], kind: str, width_bytes: int) -> int:
-    """Estimate what a step takes beside weights and cache."""
-    hidden, middle, vocab = (
-        value if type(value := config.get(name)) is int else 0
-        for name in ("hidden_size", "intermediate_size", "vocab_size")
-    )
-    return STEP_TOKENS[kind] * 3 * (hidden + middle) * width_bytes + SEATS * vocab * BYTES_PER_LOGIT
 
 
 def show(console: Console, answer: Answer) -> None:

@@ -276,9 +276,11 @@ def _of_text(logprobs: Logged) -> TextLogprobs | None:
     )
 
 
-def _tops(scored: Scored) -> dict[str, float]:
-    """Return the likeliest tokens by name, the chosen one always among them."""
+def _tops(scored: Scored) -> dict[str, float] | None:
+    """Return the likeliest tokens by name, the chosen one always among them; None for none."""
     token = scored.token
+    if token.logprob is None and not token.top_logprobs:
+        return None
     chosen = {} if token.logprob is None else {_named(token.bytes): token.logprob}
     likeliest: dict[str, float] = {}
     for top in token.top_logprobs:

@@ -1,7 +1,7 @@
 """What a chat request says, and what a model's text side makes of it.
 
 The HTTP side fills a ``Conversation``; ``text.TextSide.chat_prompt`` answers with a ``ChatPrompt``:
-the tokens, and how the answer to them has to be read.
+the tokens, and how the answer to them has to be read. So is the prompt of a text completion.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from typing import Any
 
 from cortex.ipc.messages import ReasoningBudget
 from cortex.ipc.openai import ChatMessage
+from cortex.runtime.echo import Echo
 from cortex.runtime.grammar_check import Part
 from cortex.runtime.pieces import Reader
 from cortex.runtime.structured import Demand
@@ -58,19 +59,25 @@ class Conversation:
     template_kwargs: Mapping[str, Any] = field(default_factory=dict)
     add_generation_prompt: bool = True
     """Whether the prompt asks for an answer."""
+    continues_last: bool = False
+    """Whether the answer continues the last turn, which is the assistant's."""
     text_demand: Demand | None = None
     call_demand: CallDemand = CallDemand()
 
 
 @dataclass(frozen=True, slots=True)
 class ChatPrompt:
-    """A rendered conversation."""
+    """A rendered conversation, or the prompt of a text completion."""
 
     token_ids: list[int]
     reader: Callable[[], Reader]
     """Makes the reader of one answer; it knows whether the prompt opened a reasoning block."""
     shown_ids: frozenset[int] = frozenset()
     """Control tokens that the reader must see in the text although nobody else does."""
+    end_ids: tuple[int, ...] = ()
+    """Tokens that end the answer to this prompt, beside those that end every one."""
+    echo: Echo | None = None
+    """What the answer begins with."""
     reasoning_budget: ReasoningBudget | None = None
     grammar: str | None = None
     """Of the whole answer, as llguidance reads it; None where any answer will do."""

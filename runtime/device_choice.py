@@ -1,4 +1,4 @@
-"""Which device a model is loaded on. Pure."""
+"""Which device a model is loaded on, or its load is estimated for. Pure."""
 
 from __future__ import annotations
 
@@ -31,6 +31,17 @@ def choose_device(
     raise Unloadable(
         f"there is no device {asked}; this neuron has {there}", kind="no_such_device", devices=there
     )
+
+
+def largest_device(request: LoadRequest, devices: Sequence[DeviceProcess]) -> DeviceProcess:
+    """Return the device asked for, else the one with the most memory, taken or not.
+
+    Raise Unloadable as ``choose_device``.
+    """
+    usable = [device for device in devices if not device.is_poisoned]
+    if request.devices is not None or not usable:
+        return choose_device(request, devices, lambda device: device.spec.memory_bytes)
+    return max(usable, key=lambda device: device.spec.memory_bytes)
 
 
 def _with_most_memory(

@@ -109,6 +109,7 @@ class Report:
             state=device.state,
             vram_used_mb=_mb(reading.used_bytes),
             vram_free_mb=_mb(reading.free_bytes),
+            loadable_mb=_mb(self._node.free_bytes(device.spec.index)),
             utilization_pct=reading.utilization_pct,
             temp_c=reading.temp_c,
             lifecycle_cycles=device.cycles,

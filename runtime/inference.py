@@ -13,6 +13,7 @@ from __future__ import annotations
 import contextlib
 import time
 from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 
 import msgspec
@@ -21,15 +22,18 @@ from aiohttp import web
 
 from cortex.ipc.errors import ApiError, InternalError
 from cortex.ipc.http_body import BODY_PATIENCE_SECONDS, decoded
+from cortex.ipc.messages import SamplingParams
 from cortex.ipc.node_api import HEADER_USAGE
 from cortex.ipc.openai import decode_request
 from cortex.ipc.response_body import ResponseBody
 from cortex.runtime.access import priority_of
+from cortex.runtime.answer import Answer
 from cortex.runtime.choices import Choices, generating
+from cortex.runtime.conversation import ChatPrompt
 from cortex.runtime.door import Door
 from cortex.runtime.grammar_check import GrammarCheck
-from cortex.runtime.node import LimitsView, ModelView, Node, TextView
-from cortex.runtime.prompts import TextThreads, prompt_of
+from cortex.runtime.node import LimitsView, ModelView, Node, TextView, TokenStream
+from cortex.runtime.prompts import TextThreads, prompts_of
 from cortex.runtime.request_record import RequestRecord
 from cortex.runtime.sampling import (
     of_choice,
@@ -95,30 +99,26 @@ class Inference:
         record.model, record.choices = model.id, asked.choices
         traffic = self._traffics.of(model)
         async with traffic.admission.seat(asked.choices, priority):
-            prompt = await self._threads.run(lambda: prompt_of(text, asked))
-            await self._grammars.refuse_bad(prompt.grammar_parts, text)
-            record.prompt_tokens = len(prompt.token_ids)
-            sampling = resolve_sampling(
-                asked,
-                operator=operator_sampling(model.request),
-                model=text,
-                room_tokens=room_for_answer(
-                    record.prompt_tokens, limits.max_context_tokens, limits.kv_cache_tokens
-                ),
-                reasoning_budget=prompt.reasoning_budget,
-                grammar=prompt.grammar,
-            )
-            answers, clock = answers_of(asked, text, prompt), self._timing.clock
-            place = prompt.grammar_place
+            prompts = await self._threads.run(lambda: prompts_of(text, asked))
+            await self._grammars.refuse_bad(prompts[0].grammar_parts, text)  # the same for all
+            record.prompt_tokens = sum(len(prompt.token_ids) for prompt in prompts)
+            parts = [_part(asked, model, text, limits, prompt) for prompt in prompts]
             turn = Turn(
-                asked, answers, traffic, record, clock, reasons=text.reasons, grammar_place=place
+                asked,
+                [answer for part in parts for answer in part.answers],
+                traffic,
+                record,
+                self._timing.clock,
+                reasons=text.reasons,
+                grammar_place=prompts[0].grammar_place,
             )
-            async with generating(
-                asked.choices,
-                lambda index: self._node.generate(
-                    model.id, prompt.token_ids, of_choice(sampling, index), priority
-                ),
-            ) as choices:
+
+            def start(index: int) -> AbstractAsyncContextManager[TokenStream]:
+                at, choice = divmod(index, asked.n or 1)
+                sampling = of_choice(parts[at].sampling, choice)
+                return self._node.generate(model.id, prompts[at].token_ids, sampling, priority)
+
+            async with generating(asked.choices, start) as choices:
                 return await self._respond(request, turn, choices)
 
     async def _respond(
@@ -188,6 +188,32 @@ class Inference:
         record.refused(error)
         with contextlib.suppress(ConnectionResetError):  # then nobody is there to be told
             await stream.send(error.body())
+
+
+@dataclass(frozen=True, slots=True)
+class _Part:
+    """What becomes of one prompt: how its first choice is sampled, and the answers to it."""
+
+    sampling: SamplingParams
+    answers: list[Answer]
+
+
+def _part(
+    asked: Asked, model: ModelView, text: TextView, limits: LimitsView, prompt: ChatPrompt
+) -> _Part:
+    room_tokens = room_for_answer(
+        len(prompt.token_ids), limits.max_context_tokens, limits.kv_cache_tokens
+    )
+    sampling = resolve_sampling(
+        asked,
+        operator=operator_sampling(model.request),
+        model=text,
+        room_tokens=room_tokens,
+        end_ids=prompt.end_ids,
+        reasoning_budget=prompt.reasoning_budget,
+        grammar=prompt.grammar,
+    )
+    return _Part(sampling, answers_of(asked, text, prompt, room_tokens))
 
 
 def servable(node: Node, model_id: str) -> tuple[ModelView, TextView, LimitsView]:

@@ -45,6 +45,7 @@ class FaultyFiles:
         self._files = files
         self.refuse = files.refuse
         self.examine = files.examine
+        self.estimate = files.estimate
         self.read = files.read
         self.close = files.close
 

@@ -9,7 +9,8 @@ entry waits as long. Offsets count characters of the answer, as the detokenizer 
     given out at once     with the character    never: their text is not shown
 
 A control token that nobody sees ends where the next text does. The token that ended the sequence is
-no part of the answer and has no entry.
+no part of the answer and has no entry. Where the prompt is echoed, its tokens come first, all at
+once, and the offsets of the answer's go on from its end.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import NamedTuple
 
 from cortex.ipc.openai_answers import TokenLogprob, TopLogprob
 from cortex.ipc.ring import TokenRecord
+from cortex.runtime.echo import Echo
 
 
 class Scored(NamedTuple):
@@ -30,10 +32,14 @@ class Scored(NamedTuple):
 
 
 class Logprobs:
-    """Those of one answer; *bytes_of* says what a token is."""
+    """Those of one answer, which may begin with an *echo*; *bytes_of* says what a token is."""
 
-    def __init__(self, bytes_of: Callable[[int], bytes]) -> None:
+    def __init__(self, bytes_of: Callable[[int], bytes], echo: Echo | None = None) -> None:
         self._bytes_of = bytes_of
+        self._echo = echo
+        self._echoed: list[TokenLogprob] = []
+        self._begin = len(echo.text) if echo else 0
+        """Characters before the answer's own."""
         self._tops: list[TopLogprob] = []
         self._textless: list[Scored] = []
         self._waiting: list[tuple[int, Scored]] = []
@@ -48,11 +54,20 @@ class Logprobs:
 
     def token(self, record: TokenRecord, text: str) -> None:
         """Note a token of the answer, which made *text* final."""
-        tops, self._tops = self._tops, []
-        token, said = self._said(record.token_id)
-        entry = TokenLogprob(token, _finite(record.logprob), said, tops)
-        self._textless.append(Scored(self._characters, entry))
+        self._textless.append(Scored(self._begin + self._characters, self._entry(record)))
         self.text(text)
+
+    def prompt_token(self, record: TokenRecord) -> None:
+        """Note the next token of the prompt; the first one has no record."""
+        self._echoed.append(self._entry(record))
+
+    def prompt(self) -> None:
+        """Let out the prompt, which has come to its end."""
+        if self._echo is None:
+            return
+        token, said = self._said(self._echo.token_ids[0])
+        entries = [TokenLogprob(token, None, said, []), *self._echoed]
+        self._ready += map(Scored, self._echo.offsets, entries)
 
     def text(self, text: str) -> None:
         """Note *text*, which the tokens so far have made final."""
@@ -68,7 +83,8 @@ class Logprobs:
 
     def cut(self, characters: int) -> None:
         """Let out what begins within the first *characters*; the rest is never shown."""
-        self._ready += [scored for _, scored in self._waiting if scored.offset < characters]
+        end = self._begin + characters
+        self._ready += [scored for _, scored in self._waiting if scored.offset < end]
         self._waiting.clear()
         self._textless.clear()
 
@@ -82,6 +98,11 @@ class Logprobs:
         """Return what was let out since the last call."""
         taken, self._ready = self._ready, []
         return taken
+
+    def _entry(self, record: TokenRecord) -> TokenLogprob:
+        tops, self._tops = self._tops, []
+        token, said = self._said(record.token_id)
+        return TokenLogprob(token, _finite(record.logprob), said, tops)
 
     def _said(self, token_id: int) -> tuple[str, list[int]]:
         raw = self._bytes_of(token_id)

@@ -19,6 +19,8 @@ from cortex.ipc.node_api import LoadRequest
 from cortex.models.checkpoints.checkpoint import Checkpoint
 from cortex.runtime import preflight, sources
 from cortex.runtime.chat import ChatOptions
+from cortex.runtime.config import DeviceSpec
+from cortex.runtime.estimates import Estimate, estimate_of
 from cortex.runtime.hub import Hub
 from cortex.runtime.hub_cache import find_any
 from cortex.runtime.hub_files import HubSource
@@ -86,6 +88,20 @@ class ModelFiles:
         if survey.size_bytes is not None:
             preflight.judge_size(survey.size_bytes, free_bytes)
         return survey.size_bytes
+
+    async def estimate(
+        self, request: LoadRequest, device: DeviceSpec, measured: Footprint | None = None
+    ) -> Estimate | None:
+        """Return what a load would take of *device*, None where only a download tells.
+
+        Raise Unloadable where that is more than all of its memory, or cannot work anywhere.
+        """
+        survey = await self.survey(request)
+        if survey.checkpoint is not None:
+            return estimate_of(survey.checkpoint, request, device, measured)
+        if survey.size_bytes is not None:
+            preflight.judge_size(survey.size_bytes, device.memory_bytes)
+        return None
 
     async def survey(self, request: LoadRequest) -> Survey:
         """Return what headers and sizes say; raise Unloadable where they cannot be had."""

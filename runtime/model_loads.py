@@ -19,9 +19,11 @@ import structlog
 
 from cortex.ipc.errors import ApiError, InternalError, NodeFailed, PeerGone, Unloadable
 from cortex.ipc.messages import Footprint, LoadModel, ModelLoaded, UnloadModel
-from cortex.ipc.node_api import LoadRequest
+from cortex.ipc.node_api import LoadEstimate, LoadRequest
+from cortex.runtime.config import DeviceSpec
 from cortex.runtime.device_conversation import Progress, Refused
 from cortex.runtime.device_process import Clock, DeviceProcess
+from cortex.runtime.estimates import Estimate
 from cortex.runtime.footprints import Footprints
 from cortex.runtime.memory_books import MemoryBooks
 from cortex.runtime.model_state import On, State
@@ -51,6 +53,14 @@ class Files(Protocol):
 
         Return the bytes that it would like to hold, None where nobody knows yet. *measured* is what
         an earlier load of the same held.
+        """
+
+    async def estimate(
+        self, request: LoadRequest, device: DeviceSpec, measured: Footprint | None = None
+    ) -> Estimate | None:
+        """Return what it would take, None where only a download tells.
+
+        Raise Unloadable where not even the whole *device* would do.
         """
 
     async def fetch(self, request: LoadRequest, progress: Progress) -> Path:
@@ -107,6 +117,20 @@ class ModelLoads:
         except Unloadable as exc:
             raise self._named(exc, device) from exc
         return Verdict(is_final=True, estimate_bytes=known or estimate)
+
+    async def estimate(self, request: LoadRequest, device: DeviceProcess) -> LoadEstimate:
+        """Return what is known within seconds of what a load takes; raise Unloadable."""
+        measured = self._footprints.of(request, device.spec.name)
+        found = None
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(EXAMINE_SECONDS):
+                found = await self._files.estimate(request, device.spec, measured)
+        if found is None and measured is not None:  # as much as it held will do
+            found = Estimate(measured.total_bytes, measured.total_bytes)
+        if found is None:
+            return LoadEstimate()
+        numbers = -(-found.least_bytes // MIB), -(-found.wanted_bytes // MIB)
+        return LoadEstimate(*numbers, is_measured=measured is not None)
 
     async def bring_up(self, model: ServedModel) -> None:
         """Take a model from QUEUED to LOADED or FAILED."""
@@ -215,7 +239,7 @@ class ModelLoads:
         except ApiError as exc:
             self._fail(model, exc)
         except Refused as exc:
-            refusal = Unloadable(exc.failed.detail, kind=exc.failed.code)
+            refusal = Unloadable(exc.failed.detail, kind=exc.failed.code, **exc.failed.numbers)
             self._fail(model, self._named(refusal, model.device))
         except PeerGone:
             raise

@@ -11,7 +11,14 @@ from contextlib import AbstractAsyncContextManager
 from typing import Literal, Protocol
 
 from cortex.ipc.messages import EngineReport, Footprint, Hello, SamplingParams
-from cortex.ipc.node_api import DeviceState, LoadRequest, ModelStatus, Progress, Servable
+from cortex.ipc.node_api import (
+    DeviceState,
+    LoadEstimate,
+    LoadRequest,
+    ModelStatus,
+    Progress,
+    Servable,
+)
 from cortex.ipc.ring import TokenRecord
 from cortex.runtime.answer import TokensToText
 from cortex.runtime.config import DeviceSpec
@@ -62,6 +69,9 @@ class TextView(Protocol):
 
     def text_prompt(self, prompt: str) -> list[int]:
         """Tokenise."""
+
+    def fill_prompt(self, before: str, after: str) -> ChatPrompt:
+        """Return what asks for the text between the two; raise UnsupportedParameter."""
 
     @property
     def control_tokens(self) -> dict[int, bytes]:
@@ -194,8 +204,14 @@ class Node(Protocol):
     def models(self) -> Mapping[str, ModelView]:
         """By id."""
 
+    def free_bytes(self, index: int) -> int:
+        """Return what of a device's budget no model holds, no load on its way and nobody else."""
+
     async def load(self, request: LoadRequest) -> ModelView:
         """Queue a load and return; raise Unloadable or LoadedDifferently."""
+
+    async def estimate(self, request: LoadRequest) -> LoadEstimate:
+        """Return what a load would take; raise Unloadable for what cannot work here."""
 
     async def loaded(self, model_id: str) -> ModelView:
         """Wait until a load has ended; raise what it failed with."""

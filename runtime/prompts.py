@@ -9,10 +9,16 @@ from dataclasses import replace
 from typing import TypeVar
 
 from cortex.ipc.errors import InvalidRequest
-from cortex.ipc.openai import ChatCompletionRequest, CompletionRequest, TokenizeRequest
+from cortex.ipc.openai import (
+    ChatCompletionRequest,
+    ChatMessage,
+    CompletionRequest,
+    TokenizeRequest,
+)
 from cortex.ipc.tools import NamedTool
 from cortex.runtime.answer_grammar import of_text
 from cortex.runtime.conversation import CallDemand, ChatPrompt, Conversation
+from cortex.runtime.echo import echo_of
 from cortex.runtime.grammar_check import Part
 from cortex.runtime.node import TextView
 from cortex.runtime.pieces import PlainReader
@@ -41,33 +47,60 @@ class TextThreads:
         self._threads.shutdown(wait=False, cancel_futures=True)
 
 
-def prompt_of(
-    text: TextView, asked: ChatCompletionRequest | CompletionRequest | TokenizeRequest
-) -> ChatPrompt:
-    """Return the prompt, and how the answer to it is read; raise ApiError in words."""
-    if isinstance(asked, CompletionRequest):
-        token_ids, demand = tokens_of(text, asked.prompt, "prompt"), demand_of(asked)
-        if demand is None:
-            return ChatPrompt(token_ids, PlainReader)
-        whole = Part(of_text(demand), demand.place)
-        return ChatPrompt(token_ids, PlainReader, grammar=whole.grammar, grammar_parts=[whole])
-    if isinstance(asked, TokenizeRequest) and asked.prompt is not None:
-        return ChatPrompt(tokens_of(text, asked.prompt, "prompt"), PlainReader)
+def prompts_of(
+    text: TextView, asked: ChatCompletionRequest | CompletionRequest
+) -> list[ChatPrompt]:
+    """Return the prompts, and how the answers to them are read; raise ApiError in words."""
+    if isinstance(asked, ChatCompletionRequest):
+        conversation = replace(
+            _conversation(asked, asked.messages),
+            text_demand=demand_of(asked),
+            call_demand=calls_demanded(asked),
+        )
+        return [text.chat_prompt(conversation)]
+    demand = demand_of(asked)
+    whole = [Part(of_text(demand), demand.place)] if demand else []
+    prompts = [
+        _completion(text, asked, prompt, f"prompt[{index}]" if index else "prompt")
+        for index, prompt in enumerate(asked.prompts)
+    ]
+    return [
+        replace(prompt, grammar=whole[0].grammar if whole else None, grammar_parts=whole)
+        for prompt in prompts
+    ]
+
+
+def tokenized(text: TextView, asked: TokenizeRequest) -> list[int]:
+    """Return the tokens of what a chat or a completion would be asked with; raise ApiError."""
+    if asked.prompt is not None:
+        return tokens_of(text, asked.prompt, "prompt")
     assert asked.messages is not None, "what has no prompt has messages"
-    conversation = Conversation(
-        asked.messages,
+    return text.chat_prompt(_conversation(asked, asked.messages)).token_ids
+
+
+def _conversation(
+    asked: ChatCompletionRequest | TokenizeRequest, messages: Sequence[ChatMessage]
+) -> Conversation:
+    return Conversation(
+        messages,
         tools=asked.offered_tools,
         reasoning=wish_of(asked.reasoning_effort, asked.thinking),
         template_kwargs=asked.chat_template_kwargs or {},
-        add_generation_prompt=(
-            isinstance(asked, ChatCompletionRequest) or asked.add_generation_prompt
-        ),
+        add_generation_prompt=asked.asks_for_turn,
+        continues_last=bool(asked.continue_final_message),
     )
-    if isinstance(asked, ChatCompletionRequest):
-        conversation = replace(
-            conversation, text_demand=demand_of(asked), call_demand=calls_demanded(asked)
-        )
-    return text.chat_prompt(conversation)
+
+
+def _completion(
+    text: TextView, asked: CompletionRequest, prompt: str | list[int], place: str
+) -> ChatPrompt:
+    if asked.suffix:
+        if not isinstance(prompt, str):
+            raise InvalidRequest("'suffix' needs a prompt of text, not of token ids", param=place)
+        return text.fill_prompt(prompt, asked.suffix)
+    token_ids = tokens_of(text, prompt, place)
+    echo = echo_of(prompt, token_ids, text.token_bytes) if asked.echo else None
+    return ChatPrompt(token_ids, PlainReader, echo=echo)
 
 
 def calls_demanded(asked: ChatCompletionRequest) -> CallDemand:

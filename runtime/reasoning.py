@@ -77,6 +77,10 @@ class ReasoningFormat:
         """Whether the prompt has begun the block, so that the answer begins inside of it."""
         return prompt.rstrip().endswith(self.begin)
 
+    def is_open_in(self, answer: str) -> bool:
+        """Whether an *answer* that has begun is inside of the block."""
+        return answer.rfind(self.begin) > answer.rfind(self.end)
+
     def is_over_after(self, prompt: str) -> bool:
         """Whether the prompt has ended the block before the answer begins."""
         return prompt.rstrip().endswith(self.end)

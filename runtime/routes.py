@@ -45,7 +45,7 @@ from cortex.runtime.health import capabilities as loaded_capabilities
 from cortex.runtime.inference import Inference, Timing, servable
 from cortex.runtime.metrics import Metrics
 from cortex.runtime.node import ModelView, Node, TextView
-from cortex.runtime.prompts import TextThreads, prompt_of
+from cortex.runtime.prompts import TextThreads, tokenized
 from cortex.runtime.served_model import not_loaded
 from cortex.runtime.version import Build
 
@@ -143,6 +143,12 @@ async def load(request: web.Request) -> web.Response:
     return _json(LoadAnswer("loading"), status=202)
 
 
+async def estimate(request: web.Request) -> web.Response:
+    """``POST /models/estimate``: what a load would take, without loading."""
+    asked = await _asked(request, lambda body: decode_body(body, LoadRequest))
+    return _json(await request.app[SERVICES].node.estimate(asked))
+
+
 async def unload(request: web.Request) -> web.Response:
     """``POST /models/unload``."""
     asked = await _asked(request, lambda body: decode_body(body, UnloadRequest))
@@ -190,8 +196,8 @@ async def tokenize(request: web.Request) -> web.Response:
     services = request.app[SERVICES]
     asked = await _asked(request, lambda body: decode_request(body, TokenizeRequest))
     text = await _text_side(services, asked.model)
-    prompt = await services.threads.run(lambda: prompt_of(text, asked))
-    return _json(Tokenized(prompt.token_ids, len(prompt.token_ids)))
+    token_ids = await services.threads.run(lambda: tokenized(text, asked))
+    return _json(Tokenized(token_ids, len(token_ids)))
 
 
 async def v1_models(request: web.Request) -> web.Response:

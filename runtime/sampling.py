@@ -79,33 +79,44 @@ def resolve_sampling(
     operator: SamplingDefaults,
     model: ModelSampling,
     room_tokens: int,
+    end_ids: Sequence[int] = (),
     reasoning_budget: ReasoningBudget | None = None,
     grammar: str | None = None,
 ) -> SamplingParams:
     """Return how to sample the first choice; raise InvalidRequest.
 
     The answer never runs over *room_tokens*: what is asked for beyond is cut, as clients that ask
-    for 32,000 tokens of every model expect.
+    for 32,000 tokens of every model expect. *end_ids* end it too, as the model's own ends do.
     """
     if len(asked.stop_strings) > MAX_STOP_STRINGS:
         raise InvalidRequest(f"at most {MAX_STOP_STRINGS} stop strings are taken", param="stop")
     stops, bias = asked.stop_token_ids or [], asked.logit_bias or {}
     refuse_unknown_tokens(stops, model.vocab_size, "stop_token_ids")
     refuse_unknown_tokens(list(bias), model.vocab_size, "logit_bias")
-    ends = () if asked.ignore_eos else model.stop_token_ids
-    limit = asked.limit_tokens
-    if limit is None:
-        limit = COMPLETION_MAX_TOKENS if isinstance(asked, CompletionRequest) else room_tokens
+    ends = () if asked.ignore_eos else (*model.stop_token_ids, *end_ids)
+    is_echoed = isinstance(asked, CompletionRequest) and asked.echo
+    prompt_logprobs = asked.wanted_logprobs if is_echoed else None
+    limit = limit_of(asked)
+    if limit == 0:  # nothing is chosen, so nothing has to be known of how
+        return SamplingParams(0.0, max_tokens=0, seed=0, prompt_logprobs=prompt_logprobs)
     return SamplingParams(
-        max_tokens=min(limit, room_tokens),
+        max_tokens=room_tokens if limit is None else min(limit, room_tokens),
         seed=secrets.randbits(63) if asked.seed is None else asked.seed,
         logit_bias=bias,
         stop_token_ids=tuple(dict.fromkeys((*ends, *stops))),
         top_logprobs=asked.wanted_logprobs,
+        prompt_logprobs=prompt_logprobs,
         reasoning_budget=reasoning_budget,
         grammar=grammar,
         **_settled(asked, operator, model.generation),
     )
+
+
+def limit_of(asked: ChatCompletionRequest | CompletionRequest) -> int | None:
+    """Return how many tokens an answer may have by the request; None where it does not say."""
+    if asked.limit_tokens is None and isinstance(asked, CompletionRequest):
+        return COMPLETION_MAX_TOKENS
+    return asked.limit_tokens
 
 
 def _settled(

@@ -25,12 +25,12 @@ import zmq.asyncio
 from cortex.ipc.engine_options import EngineOptions
 from cortex.ipc.errors import ApiError, Conflict, RouteNotFound, ShuttingDown
 from cortex.ipc.messages import SamplingParams
-from cortex.ipc.node_api import LoadRequest
+from cortex.ipc.node_api import LoadEstimate, LoadRequest
 from cortex.ipc.taps import Tap
 from cortex.runtime import device_state
 from cortex.runtime.admission import shutting_down
 from cortex.runtime.config import DeviceSpec
-from cortex.runtime.device_choice import choose_device
+from cortex.runtime.device_choice import choose_device, largest_device
 from cortex.runtime.device_conversation import Running
 from cortex.runtime.device_life import DeviceLife, Life
 from cortex.runtime.device_process import Clock, DeviceProcess
@@ -98,6 +98,10 @@ class Supervisor:
                 del self._models[model.id]
         return self._models
 
+    def free_bytes(self, index: int) -> int:
+        """Return what of a device's budget no model holds, no load on its way and nobody else."""
+        return self.memory.free_bytes(self.devices[index])
+
     async def __aenter__(self) -> Self:
         self._exits.callback(self._files.close)
         if self._begin_life is None:
@@ -142,6 +146,14 @@ class Supervisor:
         model.is_examined, model.estimate_bytes = verdict.is_final, verdict.estimate_bytes
         model.bringing_up = self._tasks.create_task(self._loads.bring_up(model))
         return model
+
+    async def estimate(self, request: LoadRequest) -> LoadEstimate:
+        """Return what a load would take, whatever is loaded; raise Unloadable as ``load`` would.
+
+        It is judged by the whole memory of the largest device, because room can be made.
+        """
+        self._files.refuse(request)
+        return await self._loads.estimate(request, largest_device(request, self.devices))
 
     async def loaded(self, model_id: str) -> ServedModel:
         """Return the model once it is loaded; raise what it failed with, ModelNotFound if gone."""

@@ -30,7 +30,9 @@ from cortex.runtime.chat import Chat, ChatOptions, encoded
 from cortex.runtime.chat_template import ChatTemplate
 from cortex.runtime.conversation import ChatPrompt, Conversation
 from cortex.runtime.detokenizer import Detokenizer
+from cortex.runtime.fill_in_middle import ends_of, marks_of
 from cortex.runtime.grammar_check import Part
+from cortex.runtime.pieces import PlainReader
 from cortex.runtime.tokenizer import Tokenizer
 from cortex.runtime.tokenizer_cache import TokenizerCache
 
@@ -159,6 +161,25 @@ class TextSide:
     def text_prompt(self, prompt: str) -> list[int]:
         """Return the ids of a plain text, with BOS where the tokenizer wants one."""
         return encoded(self.tokenizer, prompt, "prompt", with_bos=True)
+
+    def fill_prompt(self, before: str, after: str) -> ChatPrompt:
+        """Return the prompt whose answer belongs between *before* and *after*.
+
+        Raise UnsupportedParameter where the tokeniser has no tokens for that.
+        """
+        markers = self.tokenizer.markers
+        marks = marks_of(markers, self.tokenizer.fill_tokens)
+        if marks is None:
+            raise UnsupportedParameter(
+                "this model cannot fill in before a suffix: its tokeniser has no tokens for it",
+                param="suffix",
+            )
+        ends = (self.tokenizer.id_of(token) for token in ends_of(marks, markers))
+        return ChatPrompt(
+            self.text_prompt(marks.around(before, after)),
+            PlainReader,
+            end_ids=tuple(i for i in ends if i is not None),
+        )
 
     def detokenizer(self, shown_ids: Collection[int] = ()) -> Detokenizer:
         """Return a detokenizer for one answer; what ends a sequence is not shown.

@@ -39,14 +39,22 @@ class Tokenizer:
     """A checkpoint's tokenizer; its methods may be called from several threads.
 
     ``special_tokens`` maps the roles a chat template knows (``bos_token``, ``eos_token``, ...) to
-    the tokens' texts.
+    the tokens' texts. ``fill_tokens`` are those that the checkpoint declares for filling in: before
+    the prefix, the suffix and the answer.
     """
 
-    def __init__(self, backend: tokenizers.Tokenizer, special_tokens: dict[str, str]) -> None:
+    def __init__(
+        self,
+        backend: tokenizers.Tokenizer,
+        special_tokens: dict[str, str],
+        fill_tokens: tuple[str, str, str] | None = None,
+    ) -> None:
         added = backend.get_added_tokens_decoder()
         self.special_tokens = special_tokens
+        self.fill_tokens = fill_tokens
         self.control_ids = frozenset(i for i, token in added.items() if token.special)
-        self._added_ids = frozenset(added)
+        self.markers = frozenset(token.content for token in added.values())
+        """The texts of the tokens that are found in a text before it is cut, control tokens too."""
         self._backend = backend
         self._bytes: dict[int, bytes] = {}
         self._texts: dict[int, str | None] = {}
@@ -211,7 +219,16 @@ class _GGUFTokenizer:
         self._add_ends(backend, adds_bos=self.flag("add_bos_token", default=rule.adds_bos))
         names = {"bos": "bos", "eos": "eos", "unknown": "unk", "padding": "pad"}
         special = {f"{ours}_token": self.named(theirs) for theirs, ours in names.items()}
-        return Tokenizer(backend, {role: text for role, text in special.items() if text})
+        named = {role: text for role, text in special.items() if text}
+        return Tokenizer(backend, named, self._fill_tokens())
+
+    def _fill_tokens(self) -> tuple[str, str, str] | None:
+        """Return the tokens that the file declares for filling in, by today's names or older."""
+        for names in (("fim_pre", "fim_suf", "fim_mid"), ("prefix", "suffix", "middle")):
+            prefix, suffix, middle = map(self.named, names)
+            if prefix and suffix and middle:
+                return prefix, suffix, middle
+        return None
 
     def _rule_name(self) -> str:
         model = self.metadata.get("tokenizer.ggml.model")

@@ -63,15 +63,15 @@ class _Block:
 
 
 class ToolCallReader:
-    """Reads one answer to a request that offered tools."""
+    """Reads one answer to a request that offered tools; *is_begun*: what an answer continues."""
 
-    def __init__(self, form: ToolFormat, offered: Offered) -> None:
+    def __init__(self, form: ToolFormat, offered: Offered, *, is_begun: bool = False) -> None:
         self._form = form
         self._calls = Calls(offered)
         self._block: _Block | None = None
         self._held = ""
         """Text that may belong to a marker, or be the whitespace before one."""
-        self._is_at_start = True
+        self._is_at_start = not is_begun
         self._is_behind_call = False
 
     @property

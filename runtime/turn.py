@@ -26,6 +26,7 @@ from cortex.runtime.logprobs import Logprobs, Scored
 from cortex.runtime.node import TextView
 from cortex.runtime.pieces import Piece
 from cortex.runtime.request_record import RequestRecord
+from cortex.runtime.sampling import limit_of
 from cortex.runtime.traffic import Traffic
 
 Asked = ChatCompletionRequest | CompletionRequest
@@ -120,12 +121,13 @@ class Turn:
         """Return the pieces that *records* finish; measure what they say."""
         answer, record = self.answers[index], self.record
         tokens, reasoning, calls = answer.completion_tokens, answer.reasoning_tokens, answer.calls
+        cached = answer.cached_tokens
         pieces = answer.add(records)
         record.completion_tokens += answer.completion_tokens - tokens
         record.reasoning_tokens += answer.reasoning_tokens - reasoning
         record.tool_calls += answer.calls - calls
-        if index == 0:
-            record.cached_tokens = answer.cached_tokens
+        if index % (self.asked.n or 1) == 0:  # the first of its prompt
+            record.cached_tokens += answer.cached_tokens - cached
         if self._first_token[index] is None or answer.finish_reason is not None:
             self._measure(index, self._clock())
         return pieces
@@ -152,20 +154,30 @@ class Turn:
                 self.record.finish_reason = answer.finish_reason
 
 
-def answers_of(asked: Asked, text: TextView, prompt: ChatPrompt) -> list[Answer]:
-    """Return an answer for each choice of *asked*, to be read as its *prompt* says."""
-    return [Answer(_reading(asked, text, prompt)) for _ in range(asked.choices)]
+def answers_of(asked: Asked, text: TextView, prompt: ChatPrompt, room_tokens: int) -> list[Answer]:
+    """Return the answers to one *prompt*, to be read as it says, each of at most *room_tokens*."""
+    limit = limit_of(asked)
+    is_room_the_limit = limit is None or limit > room_tokens
+    return [
+        Answer(_reading(asked, text, prompt, is_room_the_limit=is_room_the_limit))
+        for _ in range(asked.n or 1)
+    ]
 
 
-def _reading(asked: Asked, text: TextView, prompt: ChatPrompt) -> Reading:
+def _reading(
+    asked: Asked, text: TextView, prompt: ChatPrompt, *, is_room_the_limit: bool
+) -> Reading:
+    echo = prompt.echo
     return Reading(
         text.detokenizer(prompt.shown_ids),
         StopStrings(asked.stop_strings),
         prompt.reader(),
-        None if asked.wanted_logprobs is None else Logprobs(text.token_bytes),
+        None if asked.wanted_logprobs is None else Logprobs(text.token_bytes, echo),
         named_stops=frozenset(asked.stop_token_ids or ()),
         is_one_call=isinstance(asked, ChatCompletionRequest) and asked.parallel_tool_calls is False,
         is_calls_only=isinstance(asked, ChatCompletionRequest) and asked.demands_call,
+        echo=echo.text if echo else "",
+        is_room_the_limit=is_room_the_limit,
     )
 
 

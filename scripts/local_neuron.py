@@ -38,12 +38,28 @@ def until(condition: Callable[[], Any], what: str, seconds: float = START_SECOND
     raise Trouble(f"waited {seconds:.0f} s in vain for {what}")
 
 
+def stop(process: subprocess.Popen[bytes]) -> None:
+    """End *process*, which leads a session, in good order if it can, and all that it began."""
+    process.terminate()
+    try:
+        process.wait(STOP_SECONDS)
+    except subprocess.TimeoutExpired:
+        process.kill()
+    with contextlib.suppress(ProcessLookupError):
+        os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+
+
 class LocalNeuron:
     """``neuron serve`` with *models*, one per device; a context manager.
 
     Its working directory is its own, with a configuration file and no other; the log is
     ``.cache/NAME-PORT.log``. *environment* is added to ours.
     """
+
+    program: tuple[str, ...] = ("-m", "cortex.runtime")
+    model_options: tuple[str, ...] = ()
+    """Lines of TOML for each of the models."""
 
     def __init__(self, name: str, models: Iterable[str], **environment: str) -> None:
         self.models = tuple(models)
@@ -62,12 +78,13 @@ class LocalNeuron:
         for index, model in enumerate(self.models):
             lines += ["[[devices]]", f'name = "cpu:{index}"']
             lines += ["[[models]]", f'model_id = "{model}"', f"devices = [{index}]"]
+            lines += self.model_options
         return "\n".join([*lines, "[taps]", "enabled = false", ""])
 
     def _started(self) -> subprocess.Popen[bytes]:
         with self.log.open("ab") as log:
             return subprocess.Popen(
-                [sys.executable, "-m", "cortex.runtime", "serve", "--config", self._config],
+                [sys.executable, *self.program, "serve", "--config", str(self._config)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -80,14 +97,7 @@ class LocalNeuron:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(STOP_SECONDS)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+        stop(self.process)
         self._folder.cleanup()
 
     def start_again(self) -> None:
@@ -123,3 +133,10 @@ class LocalNeuron:
         if "failed" in statuses.values():
             raise Trouble(f"a model cannot be loaded: {self.get('/models')}; log: {self.log}")
         return all(statuses.get(model) == "loaded" for model in self.models)
+
+
+class ScriptedNeuron(LocalNeuron):
+    """The same with ``scripted_model.py`` in place of every model; it thinks between its marks."""
+
+    program = (str(Path(__file__).with_name("scripted_neuron.py")),)
+    model_options = ('reasoning_parser = "think"',)

@@ -259,7 +259,9 @@ Point your client here ({url}, model {MODEL}; no key is asked for, any will do):
                    ANTHROPIC_MODEL={MODEL} ANTHROPIC_DEFAULT_HAIKU_MODEL={MODEL} \\
                    CLAUDE_CODE_DISABLE_NONESSENTIAL_TRAFFIC=1 claude
                  (it sends tools with every request: refused in words until tools are served)
-  Codex          speaks only /v1/responses, which this version does not serve yet
+  Codex          codex -m {MODEL} -c model_provider=cortex -c model_providers.cortex.name=cortex \\
+                   -c model_providers.cortex.base_url={url}/v1 \\
+                   -c model_providers.cortex.wire_api=responses
 """
 
 

@@ -1,4 +1,4 @@
-"""Requests made of the document of the API, by schemathesis, and what an answer must be.
+"""Requests made of the document of an API, by schemathesis, and what an answer must be.
 
 One operation comes in several forms: as the document has it, with the ids of a model and a device
 that exist, and without what this model or that does not take; chance alone would find neither.
@@ -20,15 +20,23 @@ from schemathesis.checks import CHECKS, load_all_checks
 from schemathesis.core.result import Err, Ok
 
 from cortex.ipc.openai import PARAMETERS
-from cortex.runtime.openapi import document
-from cortex.runtime.route_table import ROUTES
+from cortex.ipc.openapi import document
+from cortex.runtime.route_table import NEURON
 
 DEADLINE_SECONDS = 30.0
 BUGS = {500, 502, 504}
 EVENTS = "text/event-stream"
 MOST_EVENTS = 10_000
-ONLY_SOME = ("chat_template_kwargs", "dimensions", "stop_token_ids")
-"""Parameters whose values depend on the model; so do those that have a neutral value."""
+ONLY_SOME = (
+    "chat_template_kwargs",
+    "dimensions",
+    "previous_response_id",
+    "reasoning",
+    "stop_token_ids",
+    "text",
+)
+"""Parameters whose values depend on the model, or on earlier answers; so do those that have a
+neutral value."""
 
 load_all_checks()
 CONFORMS = CHECKS.get_by_names(
@@ -36,13 +44,20 @@ CONFORMS = CHECKS.get_by_names(
 )
 REFUSES = CHECKS.get_by_names(["negative_data_rejection"])
 
-SAID: dict[str, Any] = msgspec.json.decode(document(ROUTES, "1"))
+SAID: dict[str, Any] = msgspec.json.decode(document(NEURON, "1"))
+HERE = {"index": 0, "name": "a"}
+"""What else a path may name: a device of a neuron, a node of a gateway."""
+LAST = {
+    "/v1/messages": "event: message_stop",
+    "/v1/responses": "event: response.",
+}
+"""How the last event of a stream begins, where it is not ``[DONE]``."""
 
 
-def operations(model: str) -> list[tuple[Any, ...]]:
-    """Return every operation, in its forms for a node that has *model*."""
-    here = of_this_node(SAID, model)
-    forms = [_operations_of(said) for said in (SAID, here, of_usual_requests(here))]
+def operations(model: str, said: dict[str, Any] = SAID) -> list[tuple[Any, ...]]:
+    """Return every operation of the document *said*, in its forms where there is *model*."""
+    here = of_this_node(said, model)
+    forms = [_operations_of(form) for form in (said, here, of_usual_requests(here))]
     return list(zip(*forms, strict=True))
 
 
@@ -59,7 +74,11 @@ def of_this_node(said: dict[str, Any], model: str) -> dict[str, Any]:
             schema["properties"][name] = {"const": model}
     for item in said["paths"].values():
         for parameter in item.get("parameters", []):
-            parameter["schema"] = {"const": {"id": model, "index": 0}[parameter["name"]]}
+            parameter["schema"] = {"const": HERE.get(parameter["name"], model)}
+        for operation in item.keys() - {"parameters"}:
+            for parameter in item[operation].get("parameters", []):
+                if parameter["name"] == "model":
+                    parameter["schema"] = {"const": model}
     return said
 
 
@@ -74,17 +93,31 @@ def of_usual_requests(said: dict[str, Any]) -> dict[str, Any]:
     for schema in _requests_in(said):
         for name in schema["properties"].keys() & {*ONLY_SOME, *PARAMETERS.neutral}:
             del schema["properties"][name]
-        for name in schema["properties"].keys() & {"prompt", "input"}:
+        said_in = {"prompt", "input"} - {"prompt" if "input" in schema["properties"] else ""}
+        for name in schema["properties"].keys() & said_in:
             schema["properties"][name] = {"type": "string", "minLength": 1}
-            schema["required"] = ["model", name]
-    schemas["TokenizeRequest"]["properties"].pop("messages")
+            schema["required"] = sorted({*schema["required"], name})
+    if "TokenizeRequest" in schemas:
+        schemas["TokenizeRequest"]["properties"].pop("messages")
+    if "Turn" in schemas:
+        schemas["Turn"]["properties"] = {
+            "role": {"const": "user"},
+            "content": {"type": "string", "minLength": 1},
+        }
+        schemas["Turn"]["required"] = ["role", "content"]
     return said
 
 
 def tried(
-    forms: Sequence[Any], mode: GenerationMode, url: str, checks: list[Any], examples: int
+    forms: Sequence[Any],
+    mode: GenerationMode,
+    url: str,
+    checks: list[Any],
+    examples: int,
+    *,
+    said: dict[str, Any] = SAID,
 ) -> None:
-    """Ask the neuron at *url* many things of one operation, and look at every answer."""
+    """Ask the daemon at *url* many things of one operation of *said*, and look at every answer."""
     cases = st.one_of([form.as_strategy(generation_mode=mode) for form in forms])
 
     @settings(
@@ -99,22 +132,24 @@ def tried(
         assert response.status_code not in BUGS, response.text
         case.validate_response(response, checks=checks)
         if response.headers["content-type"][0].startswith(EVENTS):
-            check_events(response.text, case.operation.path)
+            check_events(response.text, case.operation.path, said)
 
     ask()
 
 
-def check_events(stream: str, path: str) -> None:
-    """Fail where an event of *stream* is not as the document says of *path*."""
-    described = SAID["paths"][path]["post"]["responses"]["200"]["content"][EVENTS]
+def check_events(stream: str, path: str, said: dict[str, Any]) -> None:
+    """Fail where an event of *stream* is not as the document *said* has it of *path*."""
+    described = said["paths"][path]["post"]["responses"]["200"]["content"][EVENTS]
     validator = jsonschema_rs.Draft202012Validator(
-        {**described["x-event-schema"], "components": SAID["components"]}
+        {**described["x-event-schema"], "components": said["components"]}
     )
-    *events, done, end = stream.split("\n\n")
-    assert (done, end) == ("data: [DONE]", ""), stream[-400:]
+    *events, end = stream.split("\n\n")
+    assert end == "", stream[-400:]
+    assert events[-1].startswith(LAST.get(path, "data: [DONE]")), stream[-400:]
     for event in events:
-        if not event.startswith(":"):
-            validator.validate(msgspec.json.decode(event.removeprefix("data: ")))
+        data = event.partition("data: ")[2]
+        if data not in ("", "[DONE]"):
+            validator.validate(msgspec.json.decode(data))
 
 
 def _operations_of(said: dict[str, Any]) -> list[Any]:

@@ -113,6 +113,9 @@ class Run:
         self.failures: list[Failed] = []
         self.cached: dict[int, int] = {}
         """Of each sequence that said something, the tokens of its prompt that were found."""
+        self.scores: dict[int, list[Top]] = {}
+        """Of prompts: each token but the first, and its log probability."""
+        self.score_tops: dict[int, list[list[Top]]] = {}
         self._top: list[TokenRecord] = []
 
     def start(
@@ -122,6 +125,8 @@ class Run:
         self.tokens[sequence_id] = []
         self.logprobs[sequence_id] = []
         self.tops[sequence_id] = []
+        self.scores[sequence_id] = []
+        self.score_tops[sequence_id] = []
 
     def embed(self, command_id: int, prompt: list[int], pooling: Pooling = "mean") -> None:
         self.engine.start(Embed(command_id, "m", prompt, pooling))
@@ -170,10 +175,15 @@ class Run:
         assert all(top.sequence_id == record.sequence_id for top in self._top)
         assert record.spare == 0
         number = record.sequence_id
+        tops = [(top.token_id, top.logprob) for top in self._top]
+        if record.flags & Flag.SCORE:
+            assert number not in self.cached, "it comes before the answer"
+            self.scores[number].append((record.token_id, record.logprob))
+            self.score_tops[number].append(tops)
         if record.flags & Flag.TOKEN:
             self.tokens[number].append(record.token_id)
             self.logprobs[number].append(record.logprob)
-            self.tops[number].append([(top.token_id, top.logprob) for top in self._top])
+            self.tops[number].append(tops)
         self._top = []
         if record.flags & Flag.FINISH:
             self.finishes[number] = Flag(record.flags) & Flag.FINISH

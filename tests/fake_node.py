@@ -25,7 +25,14 @@ from aiohttp.web_runner import BaseRunner
 
 from cortex.ipc.errors import ApiError, ModelLoading, Recovering
 from cortex.ipc.messages import EngineReport, Footprint, Hello, ReasoningBudget, SamplingParams
-from cortex.ipc.node_api import DeviceState, LoadRequest, ModelStatus, Progress, Servable
+from cortex.ipc.node_api import (
+    DeviceState,
+    LoadEstimate,
+    LoadRequest,
+    ModelStatus,
+    Progress,
+    Servable,
+)
 from cortex.ipc.ring import Flag, TokenRecord
 from cortex.ipc.taps import SUPERVISOR, Tap
 from cortex.runtime.access import Access
@@ -235,6 +242,7 @@ class FakeNode:
         self.generations: list[FakeGeneration] = []
         self.asked: list[tuple[str, list[int], SamplingParams]] = []
         self.priorities: list[int] = []
+        self.load_estimate = LoadEstimate()
         self.cached_blocks = 0
         """What the next clear of a prefix cache forgets."""
         self.acts: list[tuple[str, Any]] = []
@@ -246,11 +254,20 @@ class FakeNode:
         for model_id in model_ids:
             self.models[model_id] = FakeModel(LoadRequest(model_id), self.devices[0])
 
+    def free_bytes(self, index: int) -> int:
+        """Return its whole budget, whatever is loaded."""
+        return self.devices[index].spec.memory_bytes
+
     async def load(self, request: LoadRequest) -> FakeModel:
         """Queue it."""
         self._act("load", request)
         new = FakeModel(request, self.devices[0], status=self.new_models_are)
         return self.models.setdefault(request.model_id, new)
+
+    async def estimate(self, request: LoadRequest) -> LoadEstimate:
+        """Return what the test wants."""
+        self._act("estimate", request)
+        return self.load_estimate
 
     async def loaded(self, model_id: str) -> FakeModel:
         """Wait until the test lets it be loaded."""

@@ -17,6 +17,8 @@ from cortex.ipc.errors import ApiError, InvalidApiKey
 from cortex.ipc.node_api import (
     Activation,
     DeviceHealth,
+    DeviceInfo,
+    Discovery,
     Health,
     Limit,
     ModelDevice,
@@ -62,6 +64,10 @@ class FakeModel:
     in_flight: int = 0
     queue_depth: int = 0
     failure: str | None = None
+    output: int | None = None
+    capabilities: list[str] = field(default_factory=list)
+    tool_call: bool = False
+    reasoning: bool = False
 
     def info(self) -> ModelInfo:
         """Return its entry in ``GET /models``."""
@@ -73,7 +79,10 @@ class FakeModel:
             status=self.status,
             devices=[ModelDevice(0, weights_mb=100)],
             servable=self.servable if is_told else Servable(ok=False),
-            limit=Limit(context=self.context) if self.context else None,
+            limit=Limit(self.context, output=self.output) if self.context else None,
+            capabilities=self.capabilities,
+            tool_call=self.tool_call,
+            reasoning=self.reasoning,
             progress=Progress("downloading", 40, 100) if loading else None,
             failure=self.failure,
         )
@@ -96,9 +105,14 @@ class FakeNeuron:
         keep_alives        comments before the first token
         may_finish         a gate before the finish chunk, or before an answer that does not stream
         may_begin          a gate before anything is answered to an inference request
+        may_count          a gate before the tokens of a prompt are told
+
+    A chat says ``deltas``, if there are any, instead of ``tokens``: reasoning and calls too.
 
     Control: ``may_load`` is a gate for loads, ``refuses_load`` and ``fails_load`` make them go
     wrong, ``is_out_of_order`` breaks every control connection, ``may_poll`` is a gate for polls.
+    ``cycles`` are those of its device until that is restarted, unless it ``refuses_restart``.
+    Without ``devices`` its ``/discovery`` fails.
 
     With a ``key`` whoever has another one is refused; with an ``ssl_context`` it speaks TLS.
     """
@@ -118,6 +132,8 @@ class FakeNeuron:
         self._ssl_context = ssl_context
         self.models = {model: FakeModel(model) for model in models}
         self.tokens = ["Hello", " world"]
+        self.deltas: list[dict[str, Any]] = []
+        self.reasoning_tokens: int | None = None
         self.prompt_tokens = 7
         self.cached_tokens: int | None = None
         self.finish_reason = "stop"
@@ -129,9 +145,14 @@ class FakeNeuron:
         self.ends_after_tokens: int | None = None
         self.keep_alives = 0
         self.free_mb = 1000
+        self.cycles = 0
+        self.uptime_seconds = 1.0
+        self.polls = 0
+        self.devices: list[DeviceInfo] | None = [DeviceInfo(0, "cpu:0", 1010)]
         self.draining = False
         self.activation = Activation()
         self.refuses_load: ApiError | None = None
+        self.refuses_restart: ApiError | None = None
         self.fails_load: str | None = None
         self.is_out_of_order = False
         self.cached_models: set[str] = set()
@@ -140,6 +161,7 @@ class FakeNeuron:
         self.cancelled = asyncio.Event()
         self.may_begin = _open_gate()
         self.may_finish = _open_gate()
+        self.may_count = _open_gate()
         self.may_load = _open_gate()
         self.may_poll = _open_gate()
         self._runner = web.AppRunner(self._app(), access_log=None, handler_cancellation=True)
@@ -151,9 +173,11 @@ class FakeNeuron:
         app.add_routes(
             [
                 web.get("/health", self._health),
+                web.get("/discovery", self._discovery),
                 web.get("/models", self._models),
                 web.post("/models/load", self._load),
                 web.post("/models/unload", self._unload),
+                web.post("/devices/0/restart", self._restart),
                 web.post("/tokenize", self._tokenize),
                 web.post("/v1/chat/completions", self._infer),
                 web.post("/v1/completions", self._infer),
@@ -165,14 +189,14 @@ class FakeNeuron:
     async def __aenter__(self) -> Self:
         await self._runner.setup()
         context = self._ssl_context
-        site = web.TCPSite(self._runner, "127.0.0.1", self._port, ssl_context=context)
+        site = web.TCPSite(self._runner, "127.0.0.1", self._port, ssl_context=context, backlog=2048)
         await site.start()
         scheme = "https" if context else "http"
         self.url = f"{scheme}://127.0.0.1:{self._runner.addresses[0][1]}"
         return self
 
     async def __aexit__(self, *_: object) -> None:
-        for gate in (self.may_begin, self.may_finish, self.may_poll):
+        for gate in (self.may_begin, self.may_finish, self.may_count, self.may_poll):
             gate.set()
         await self._runner.cleanup()
 
@@ -203,8 +227,22 @@ class FakeNeuron:
             for model in self.models.values()
             if model.status == "loaded"
         ]
-        device = DeviceHealth(0, "cpu:0", "ready", vram_used_mb=10, vram_free_mb=self.free_mb)
-        return _json(Health(1.0, [device], self.activation, loads, draining=self.draining))
+        device = DeviceHealth(
+            0,
+            "cpu:0",
+            "ready",
+            vram_used_mb=10,
+            vram_free_mb=self.free_mb,
+            lifecycle_cycles=self.cycles,
+        )
+        uptime, activation = self.uptime_seconds, self.activation
+        return _json(Health(uptime, [device], activation, loads, draining=self.draining))
+
+    async def _discovery(self, request: web.Request) -> web.Response:
+        await self._polled(request)
+        if self.devices is None:
+            return _error(500, "internal_error", "the driver does not answer")
+        return _json(Discovery(self.name, "Linux", "6.1", self.devices, ["torch"]))
 
     async def _models(self, request: web.Request) -> web.Response:
         await self._polled(request)
@@ -215,6 +253,7 @@ class FakeNeuron:
         return _json([model.info() for model in self.models.values()])
 
     async def _polled(self, request: web.Request) -> None:
+        self.polls += 1
         if self.is_out_of_order:
             _abort(request)
         await self.may_poll.wait()
@@ -235,8 +274,16 @@ class FakeNeuron:
             return _error(404, "model_not_found", "not loaded")
         return web.json_response({"status": "unloaded"})
 
+    async def _restart(self, request: web.Request) -> web.Response:
+        await self._note(request)
+        if self.refuses_restart:
+            return refusal(self.refuses_restart)
+        self.cycles = 0
+        return web.json_response({"status": "restarted"})
+
     async def _tokenize(self, request: web.Request) -> web.Response:
         body = await self._note(request)
+        await self.may_count.wait()
         if body["model"] not in {*self.models, *self.cached_models}:
             return _error(404, "model_not_found", "not in the cache")
         return web.json_response(
@@ -287,7 +334,8 @@ class FakeNeuron:
             if position == self.ends_after_tokens:
                 return
             if token:
-                yield self._chunk(body, {"content": token} if chat else token)
+                said = {"content": token} if isinstance(token, str) else token
+                yield self._chunk(body, said if chat else token)
         await self.may_finish.wait()
         yield self._chunk(body, {} if chat else "", self.finish_reason)
         if (body.get("stream_options") or {}).get("include_usage"):
@@ -296,9 +344,8 @@ class FakeNeuron:
             yield f": usage {msgspec.json.encode(self._cost()['usage']).decode()}"
         yield "data: [DONE]"
 
-    def _says(self, body: dict[str, Any]) -> list[str]:
-        del body
-        return self.tokens
+    def _says(self, body: dict[str, Any]) -> Sequence[str | dict[str, Any]]:
+        return self.deltas if "messages" in body and self.deltas else self.tokens
 
     def _chunk(self, body: dict[str, Any], said: Any, finish_reason: str | None = None) -> str:
         choice: dict[str, Any] = {"index": 0, "finish_reason": finish_reason, "logprobs": None}
@@ -329,7 +376,9 @@ class FakeNeuron:
             return {**self._head(body, "text_completion"), "choices": [choice | {"text": text}]} | (
                 self._cost()
             )
-        message = {"role": "assistant", "content": text, "refusal": None}
+        message: dict[str, Any] = {"role": "assistant", "content": text, "refusal": None}
+        if self.deltas:
+            message |= whole_message(self.deltas)
         return {
             **self._head(body, "chat.completion"),
             "choices": [choice | {"message": message}],
@@ -346,7 +395,28 @@ class FakeNeuron:
         }
         if self.cached_tokens is not None:
             usage["prompt_tokens_details"] = {"cached_tokens": self.cached_tokens}
+        if self.reasoning_tokens is not None:
+            usage["completion_tokens_details"] = {"reasoning_tokens": self.reasoning_tokens}
         return {"usage": usage}
+
+
+def whole_message(deltas: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """Return what *deltas* of a chat stream come to in an answer that does not stream."""
+    message: dict[str, Any] = {"content": None}
+    calls: dict[int, dict[str, Any]] = {}
+    for delta in deltas:
+        for name in ("content", "reasoning_content"):
+            if name in delta:
+                message[name] = (message.get(name) or "") + delta[name]
+        for call in delta.get("tool_calls", ()):
+            if "id" in call:
+                calls[call["index"]] = {
+                    "id": call["id"],
+                    "type": "function",
+                    "function": {"name": call["function"]["name"], "arguments": ""},
+                }
+            calls[call["index"]]["function"]["arguments"] += call["function"]["arguments"]
+    return {**message, "tool_calls": list(calls.values())} if calls else message
 
 
 class _Aborted(asyncio.CancelledError):

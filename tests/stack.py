@@ -24,12 +24,19 @@ MODEL = "smollm2-135m-instruct"
 DEADLINE_SECONDS = 90.0
 
 
+GIVEN: set[int] = set()
+"""Ports that this process has given out: the kernel may offer one again before it is used."""
+
+
 def free_port() -> int:
-    """Return a port that nobody listens on now."""
+    """Return a port that nobody listens on now, another one each time."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port: int = listener.getsockname()[1]
-        return port
+    if port in GIVEN:
+        return free_port()
+    GIVEN.add(port)
+    return port
 
 
 def until(

@@ -51,6 +51,7 @@ from cortex.runtime.config import DeviceSpec
 from cortex.runtime.device_conversation import Conversation, Progress
 from cortex.runtime.device_life import End, OnGone, OnHello
 from cortex.runtime.device_state import Cause
+from cortex.runtime.estimates import Estimate
 from cortex.runtime.text import TextSide
 
 MIB = 2**20
@@ -173,9 +174,9 @@ class FakeDeviceProcess:
                 self.says(Bye(command.command_id))
                 self.dies("it exited with status 0")
 
-    def refuses(self, command: Command, code: str, detail: str) -> None:
+    def refuses(self, command: Command, code: str, detail: str, **numbers: int) -> None:
         """Answer *command* with a Failed."""
-        self.says(Failed(code, detail, command.command_id))
+        self.says(Failed(code, detail, command.command_id, numbers=numbers))
 
     def _take(self, command: Command) -> None:
         self.received.append(command)
@@ -217,6 +218,9 @@ class FakeModelFiles:
         self.verdict: Exception | None = None
         """What their headers say."""
         self.estimate_bytes: int | None = None
+        self.estimate_is: Estimate | None = None
+        self.estimated_for: list[tuple[str, int]] = []
+        """Models whose loads were estimated, and for which device."""
         self.measured: list[Footprint | None] = []
         """What each examined model was said to have held before."""
         self.fetching: list[str] = []
@@ -238,6 +242,16 @@ class FakeModelFiles:
         if self.verdict is not None:
             raise self.verdict
         return self.estimate_bytes
+
+    async def estimate(
+        self, request: LoadRequest, device: DeviceSpec, measured: Footprint | None = None
+    ) -> Estimate | None:
+        self.measured.append(measured)
+        self.estimated_for.append((request.model_id, device.index))
+        await self.may_examine.wait()
+        if self.verdict is not None:
+            raise self.verdict
+        return self.estimate_is
 
     async def fetch(self, request: LoadRequest, progress: Progress) -> Path:
         self.fetching.append(request.model_id)

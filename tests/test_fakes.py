@@ -113,3 +113,21 @@ async def test_it_notices_that_a_client_has_gone(neuron: FakeNeuron) -> None:
         response.close()
 
     await until(neuron.cancelled.is_set)
+
+
+async def test_it_says_reasoning_and_calls_alike_in_a_stream_and_whole(neuron: FakeNeuron) -> None:
+    call = {"index": 0, "id": "c", "type": "function", "function": {"name": "f", "arguments": ""}}
+    neuron.deltas = [
+        {"reasoning_content": "Hm"},
+        {"content": "Hi"},
+        {"tool_calls": [call]},
+        {"tool_calls": [{"index": 0, "function": {"arguments": "{}"}}]},
+    ]
+
+    _, text = await post(neuron, CHAT, messages=[])
+    _, streamed = await post(neuron, CHAT, messages=[], stream=True)
+
+    whole = msgspec.json.decode(text)["choices"][0]["message"]
+    assert (whole["reasoning_content"], whole["content"]) == ("Hm", "Hi")
+    assert whole["tool_calls"][0]["function"] == {"name": "f", "arguments": "{}"}
+    assert all(f'"delta":{msgspec.json.encode(d).decode()}' in streamed for d in neuron.deltas)

@@ -7,8 +7,8 @@ from typing import Any, Protocol
 
 from cortex.ipc.errors import ApiError
 
-AskNode = Callable[[str, bytes], Awaitable[bytes]]
-"""POST a body to a path of the node that serves the request; return its answer's body."""
+CountTokens = Callable[[bytes], Awaitable[int]]
+"""Ask the node that serves the request how many tokens the prompt of a chat request has."""
 
 
 class Dialect(Protocol):
@@ -20,18 +20,16 @@ class Dialect(Protocol):
     def envelope(self, error: ApiError, request_id: str) -> dict[str, Any]:
         """Return the body of *error*."""
 
-    def error_frame(self, error: ApiError, request_id: str) -> bytes:
-        """Return the event that ends a stream whose status is spent."""
-
-    def keep_alive(self, text: str) -> bytes:
-        """Return what keeps a waiting stream alive without being part of the answer."""
-
 
 class Translation(Protocol):
     """A node's stream, event by event, in the client's dialect."""
 
+    @property
+    def error(self) -> ApiError | None:
+        """What of the node's has ended the stream, where the client has yet to hear of it."""
+
     def feed(self, chunk: bytes) -> bytes:
-        """Return what *chunk* means to the client; raise ApiError where it ends the stream."""
+        """Return what *chunk* means to the client, as far as there is no ``error`` in it."""
 
 
 class Call(Protocol):
@@ -53,11 +51,33 @@ class Call(Protocol):
     def path(self) -> str:
         """The path at the node."""
 
+    @property
+    def affinity(self) -> str | None:
+        """What its session, or the head of its conversation, is known by; None: nothing repeats."""
+
+    @property
+    def output_limit(self) -> int | None:
+        """Tokens that the answer may have, as the client said; None where it said nothing."""
+
+    @property
+    def stay_seconds(self) -> float | None:
+        """Ollama's ``keep_alive``: how long the model is to stay after this; infinite: for ever."""
+
+    def keep_alive(self, text: str) -> bytes:
+        """Return what keeps its waiting stream alive and, where the dialect can, says *text*."""
+
+    def error_frame(self, error: ApiError, request_id: str) -> bytes:
+        """Return the event that ends its stream, whose status is spent."""
+
     def body(self, node_id: str) -> bytes:
         """Return the body for a node that calls the model *node_id*."""
 
     def answer(self, node_id: str, body: bytes) -> bytes:
         """Return the client's form of a node's whole answer; raise NodeFailed if it has none."""
 
-    async def translation(self, node_id: str, ask: AskNode) -> Translation:
-        """Return what will translate the stream; *ask* asks the same node."""
+    @property
+    def is_translated(self) -> bool:
+        """Whether the client speaks another dialect than nodes do."""
+
+    async def translation(self, node_id: str, count: CountTokens) -> Translation:
+        """Return what will translate the stream; *count* asks the same node."""

@@ -1,164 +1,148 @@
-"""A node's chat answer as Anthropic's message: whole, or event by event.
+"""A node's chat stream as Anthropic's events.
 
     node                          client
     first chunk                   message_start (tokens of the prompt)
     keep-alive comment            ping
-    first text                    content_block_start, content_block_delta
-    more text                     content_block_delta
-    reasoning, a part of a call   ping: this version of the dialect has no blocks for them
-    finish, usage comment         -
-    [DONE]                        content_block_stop, message_delta (stop_reason, usage),
-                                  message_stop
-    error frame                   raised; the proxy ends the stream with an error event
+    reasoning                     thinking_delta; where the client wants it omitted, without words
+                                  and with how many tokens it was, about
+    text                          text_delta
+    a call begins                 a new block
+    more of its arguments         input_json_delta, as they form
+    [DONE]                        message_delta (stop_reason, usage), message_stop
+    error frame                   nothing; the proxy ends the stream with an error event
 
-A node says ``stop`` for an end token and for a stop string; it tells which string in
-``stop_reason``. Without it the stop counts as ``end_turn``.
+One block is open at a time. What belongs to another one closes it and opens the next:
+
+    content_block_start, content_block_delta ..., content_block_stop     index 0
+    content_block_start ...                                              index 1
+
+A block of thinking gets its signature before it is closed.
 """
 
 from __future__ import annotations
 
-import uuid
 from typing import Any
-
-import orjson
 
 from cortex.gateway import sse
 from cortex.gateway.dialects.anthropic import PING
-from cortex.gateway.errors import Relayed
-from cortex.ipc.errors import NodeFailed
+from cortex.gateway.dialects.call_order import arguments_of, number_of
+from cortex.gateway.dialects.chat_events import ChatEvents
+from cortex.gateway.dialects.message_answers import (
+    Expected,
+    Json,
+    stop_of,
+    text_block,
+    thinking_block,
+    tool_use_block,
+    usage_of,
+)
+from cortex.gateway.dialects.message_thinking import signature_of
+
+THINKING, TEXT = "thinking", "text"
+CHARACTERS_OF_A_TOKEN = 4
+"""Nearly; for a sign of life, and for nothing that is counted."""
 
 
-def usage_of(usage: dict[str, Any]) -> dict[str, Any]:
-    """Return a node's usage as Anthropic counts: cached tokens are not among the input tokens."""
-    cached = (usage.get("prompt_tokens_details") or {}).get("cached_tokens") or 0
-    return {
-        "input_tokens": max(usage.get("prompt_tokens", 0) - cached, 0),
-        "output_tokens": usage.get("completion_tokens", 0),
-        "cache_creation_input_tokens": 0,
-        "cache_read_input_tokens": cached,
-        "cache_creation": None,
-        "inference_geo": None,
-        "output_tokens_details": None,
-        "server_tool_use": None,
-        "service_tier": "standard",
-    }
-
-
-def stop_of(choice: dict[str, Any]) -> tuple[str, str | None]:
-    """Return stop_reason and stop_sequence of a finished *choice*."""
-    if choice.get("finish_reason") == "length":
-        return "max_tokens", None
-    sequence = choice.get("stop_reason")
-    if isinstance(sequence, str):
-        return "stop_sequence", sequence
-    return "end_turn", None
-
-
-def message_of(body: bytes, model: str) -> dict[str, Any]:
-    """Return a node's chat completion as a message of *model*, as the client named it.
-
-    Raise NodeFailed where it is none.
-    """
-    try:
-        completion = orjson.loads(body)
-        choice = completion["choices"][0]
-        text = choice["message"].get("content")
-        envelope = _envelope(model, usage_of(completion["usage"]))
-    except (orjson.JSONDecodeError, LookupError, TypeError, AttributeError) as exc:
-        raise NodeFailed("the node's answer is not a chat completion") from exc
-    reason, sequence = stop_of(choice)
-    content = [{"type": "text", "text": text, "citations": None}] if text else []
-    return {
-        **envelope,
-        "content": content,
-        "stop_reason": reason,
-        "stop_sequence": sequence,
-    }
-
-
-def _envelope(model: str, usage: dict[str, Any]) -> dict[str, Any]:
-    return {
-        "id": f"msg_{uuid.uuid4().hex[:24]}",
-        "type": "message",
-        "role": "assistant",
-        "model": model,
-        "content": [],
-        "stop_reason": None,
-        "stop_sequence": None,
-        "stop_details": None,
-        "container": None,
-        "usage": usage,
-    }
-
-
-class MessageEvents:
+class MessageEvents(ChatEvents):
     """Translates one stream; *prompt_tokens* is 0 where it was not to be learnt beforehand."""
 
-    def __init__(self, model: str, prompt_tokens: int) -> None:
-        self._model = model
-        self._usage: dict[str, Any] = {"prompt_tokens": prompt_tokens}
-        self._choice: dict[str, Any] = {}
+    def __init__(self, expected: Expected, prompt_tokens: int) -> None:
+        super().__init__({"prompt_tokens": prompt_tokens})
+        self._expected = expected
         self._has_started = False
-        self._has_text = False
-        self._splitter = sse.EventSplitter()
+        self._has_calls = False
+        self._blocks = _Blocks()
+        self._omitted: list[str] = []
+        """Thinking whose text stays here until its block is closed."""
 
-    def feed(self, chunk: bytes) -> bytes:
-        """Return what *chunk* means; raise Relayed where it holds the node's error frame."""
-        return b"".join(self._translate(event) for event in self._splitter.feed(chunk))
-
-    def _translate(self, event: bytes) -> bytes:
-        if event == sse.DONE:
-            return self._end()
-        if usage := sse.usage_of(event):
-            self._usage = usage
-            return b""
-        if sse.is_comment(event):
-            return PING
-        data = sse.data_of(event) or {}
-        if isinstance(error := data.get("error"), dict):
-            raise Relayed.of(None, error)
-        return self._start() + b"".join(map(self._take, data.get("choices") or []))
-
-    def _start(self) -> bytes:
+    def _begin(self) -> bytes:
         if self._has_started:
             return b""
         self._has_started = True
-        message = _envelope(self._model, usage_of(self._usage))
-        return sse.event({"type": "message_start", "message": message}, "message_start")
+        message = self._expected.message(usage_of(self._usage))
+        return _event({"type": "message_start", "message": message})
 
-    def _take(self, choice: dict[str, Any]) -> bytes:
-        if choice.get("finish_reason"):
-            self._choice = choice
-        delta = choice.get("delta") or {}
-        text = delta.get("content")
-        if not text:
-            return PING if delta.get("reasoning_content") or delta.get("tool_calls") else b""
-        said = b"" if self._has_text else _block_start()
-        self._has_text = True
-        added = {"type": "text_delta", "text": text}
-        data = {"type": "content_block_delta", "index": 0, "delta": added}
-        return said + sse.event(data, "content_block_delta")
+    def _still(self) -> bytes:
+        return PING
+
+    def _think(self, reasoning: str) -> bytes:
+        said = self._open(THINKING, thinking_block())
+        shown, estimate = reasoning, None
+        if self._expected.omits_thinking:
+            self._omitted.append(reasoning)
+            shown, estimate = "", max(1, len(reasoning) // CHARACTERS_OF_A_TOKEN)
+        delta = {"type": "thinking_delta", "thinking": shown, "estimated_tokens": estimate}
+        return said + self._blocks.delta(delta)
+
+    def _say(self, text: str, choice: Json) -> bytes:
+        del choice
+        said = self._open(TEXT, text_block())
+        return said + self._blocks.delta({"type": "text_delta", "text": text})
+
+    def _call(self, part: Json) -> bytes:
+        self._has_calls = True
+        function = part.get("function") or {}
+        block = tool_use_block(part.get("id") or "", function.get("name") or "", {})
+        said = self._open(number_of(part), block)
+        if arguments := arguments_of(part):
+            said += self._blocks.delta({"type": "input_json_delta", "partial_json": arguments})
+        return said
+
+    def _open(self, key: str | int, block: Json) -> bytes:
+        """Open *block* unless that called *key* is the open one."""
+        if self._blocks.open_key == key:
+            return b""
+        return self._close() + self._blocks.open(key, block)
+
+    def _close(self) -> bytes:
+        said = b""
+        if self._blocks.open_key == THINKING:
+            signature = signature_of("".join(self._omitted))
+            self._omitted.clear()
+            said = self._blocks.delta({"type": "signature_delta", "signature": signature})
+        return said + self._blocks.close()
 
     def _end(self) -> bytes:
-        reason, sequence = stop_of(self._choice)
-        said = self._start()
-        if self._has_text:
-            said += sse.event({"type": "content_block_stop", "index": 0}, "content_block_stop")
-        delta = {
-            "stop_reason": reason,
-            "stop_sequence": sequence,
-            "stop_details": None,
-            "container": None,
+        said = self._close()
+        max_tokens, has_calls = self._expected.max_tokens, self._has_calls
+        stop = stop_of(self._choice, self._usage, max_tokens, has_calls=has_calls)
+        data = {
+            "type": "message_delta",
+            "delta": {**stop, "container": None},
+            "usage": usage_of(self._usage),
+            "context_management": None,
         }
-        usage = usage_of(self._usage)
-        data = {"type": "message_delta", "delta": delta, "usage": usage}
-        return said + sse.event(data, "message_delta") + sse.event(_STOP, "message_stop")
+        return said + _event(data) + _event({"type": "message_stop"})
 
 
-_STOP = {"type": "message_stop"}
+class _Blocks:
+    """The blocks of one message, one open at a time."""
+
+    def __init__(self) -> None:
+        self.open_key: str | int | None = None
+        """What the open block is of: thinking, text, or the number of a call."""
+        self._index = -1
+
+    def open(self, key: str | int, block: Json) -> bytes:
+        """Return the event that opens *block*."""
+        self.open_key = key
+        self._index += 1
+        return self._of_block("content_block_start", content_block=block)
+
+    def delta(self, delta: Json) -> bytes:
+        """Return the event that adds to the open block."""
+        return self._of_block("content_block_delta", delta=delta)
+
+    def close(self) -> bytes:
+        """Return the event that closes the open block, if one is."""
+        if self.open_key is None:
+            return b""
+        self.open_key = None
+        return self._of_block("content_block_stop")
+
+    def _of_block(self, kind: str, **fields: Any) -> bytes:
+        return _event({"type": kind, "index": self._index, **fields})
 
 
-def _block_start() -> bytes:
-    block = {"type": "text", "text": "", "citations": None}
-    data = {"type": "content_block_start", "index": 0, "content_block": block}
-    return sse.event(data, "content_block_start")
+def _event(data: Json) -> bytes:
+    return sse.event(data, data["type"])

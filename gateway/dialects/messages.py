@@ -1,71 +1,51 @@
-"""Anthropic's Messages, as the node's chat request; answers are in ``message_events.py``.
+"""Anthropic's Messages: one call, as the node's chat request, and its answer.
 
-The prompt is neither added to nor taken from, with one exception that the operator can switch off:
-a leading system block that is only Claude Code's billing line is dropped, because it differs in
-every conversation and would defeat every prefix cache.
+    client                               node
+    system, messages                     messages (message_turns.py, message_blocks.py)
+    tools, tool_choice                   tools, tool_choice, parallel_tool_calls (message_tools.py)
+    thinking, output_config.effort       thinking, reasoning_effort; the node's one rule decides
+    output_config.format                 response_format, which the node enforces
+    stop_sequences                       stop
+    max_tokens, also 0                   max_tokens; 0 only fills the node's cache
+    temperature, top_p, top_k            the same
+    a last turn of the assistant         is continued: continue_final_message
+    metadata.user_id                     the session that routing keeps together
 
-What cannot change the tokens is accepted; what this version cannot do is refused, by its name.
+What is accepted and does nothing is listed in ``message_request.py``; the prompt is neither added
+to nor taken from, but for what ``message_turns.py`` names.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
 
 import msgspec
-import orjson
-from msgspec import Meta
+import structlog
 
+from cortex.gateway.affinity import head_of, named_in_body
 from cortex.gateway.dialects.anthropic import ANTHROPIC, Anthropic
-from cortex.gateway.dialects.dialect import AskNode
-from cortex.gateway.dialects.message_events import MessageEvents, message_of
-from cortex.ipc.errors import ApiError, InvalidRequest, UnsupportedParameter
-from cortex.ipc.openai import MAX_TOKENS, Temperature, TopK, TopP
-from cortex.ipc.requests import Parameters, decode_object, model_of, typed
+from cortex.gateway.dialects.chat_request import ChatFields, chat_body, encoded
+from cortex.gateway.dialects.dialect import CountTokens
+from cortex.gateway.dialects.message_answers import Expected, Json, message_of
+from cortex.gateway.dialects.message_events import MessageEvents
+from cortex.gateway.dialects.message_request import MessagesRequest, decode_request
+from cortex.gateway.dialects.message_tools import offer_of, tools_of
+from cortex.gateway.dialects.message_turns import chat_messages
+from cortex.ipc.errors import ApiError, InvalidRequest, MalformedJson, UnsupportedParameter
 
-BILLING = "x-anthropic-billing-header:"
-PARAMETERS = Parameters(
-    without_effect=frozenset(
-        {"cache_control", "context_management", "metadata", "safeguards", "service_tier"}
-    ),
-    neutral={
-        "container": (None,),
-        "diagnostics": (None,),
-        "inference_geo": (None,),
-        "mcp_servers": (None, []),
-        "speed": (None, "standard"),
-        "tool_choice": (None, {"type": "auto"}, {"type": "none"}),
-        "tools": (None, []),
-    },
-    unknown="{name}: unknown parameter",
-    unsupported="{name}: not supported by this version",
+COUNTED = (
+    "messages",
+    "tools",
+    "tool_choice",
+    "reasoning_effort",
+    "thinking",
+    "add_generation_prompt",
+    "continue_final_message",
 )
-WITHOUT_THINKING = ("disabled", "adaptive")
-FIELDS_OF_A_TURN = frozenset({"role", "content", "cache_control", "output_config"})
+"""What of a chat request makes its prompt."""
+SAMPLING = ("max_tokens", "temperature", "top_p", "top_k")
 
-
-class Turn(msgspec.Struct):
-    """One message; Claude Code sends system turns among the others."""
-
-    role: Literal["user", "assistant", "system"]
-    content: str | list[dict[str, Any]]
-
-
-class MessagesRequest(msgspec.Struct):
-    """What this version honours of a request."""
-
-    model: str
-    messages: Annotated[list[Turn], Meta(min_length=1)]
-    max_tokens: Annotated[int, Meta(le=MAX_TOKENS)] | None = None
-    system: str | list[dict[str, Any]] | None = None
-    stop_sequences: list[str] | None = None
-    stream: bool | None = None
-    temperature: Temperature | None = None
-    top_p: TopP | None = None
-    top_k: TopK | None = None
-
-
-HONOURED = frozenset(MessagesRequest.__struct_fields__) | {"thinking", "output_config"}
+log = structlog.get_logger()
 
 
 @dataclass(frozen=True)
@@ -74,35 +54,49 @@ class MessagesCall:
 
     model: str
     wants_stream: bool
-    chat: dict[str, Any]
+    chat: ChatFields
+    """The chat request, but for the model."""
+    expected: Expected
+    affinity: str | None = None
+    output_limit: int | None = None
     path: str = "/v1/chat/completions"
     dialect: Anthropic = field(default=ANTHROPIC)
+    stay_seconds: float | None = None
+    is_translated: bool = True
+
+    def keep_alive(self, text: str) -> bytes:
+        """Return a ``ping``."""
+        return self.dialect.keep_alive(text)
+
+    def error_frame(self, error: ApiError, request_id: str) -> bytes:
+        """Return the ``error`` event."""
+        return self.dialect.error_frame(error, request_id)
 
     def body(self, node_id: str) -> bytes:
         """Return the chat request."""
-        return orjson.dumps({**self.chat, "model": node_id, "stream": self.wants_stream})
+        return chat_body(self.chat, node_id, wants_stream=self.wants_stream)
 
     def answer(self, node_id: str, body: bytes) -> bytes:
         """Return the message in a node's chat completion."""
         del node_id
-        return orjson.dumps(message_of(body, self.model))
+        return msgspec.json.encode(message_of(body, self.expected))
 
-    async def translation(self, node_id: str, ask: AskNode) -> MessageEvents:
+    async def translation(self, node_id: str, count: CountTokens) -> MessageEvents:
         """Return what translates the stream.
 
         The first event tells the tokens of the prompt, which a chat stream tells last, so the node
         is asked to count them while it computes. Where it cannot, the last event is left to tell.
         """
         try:
-            counted = orjson.loads(await ask("/tokenize", self.count_body(node_id)))
-            prompt_tokens = int(counted["count"])
-        except (ApiError, orjson.JSONDecodeError, KeyError, TypeError, ValueError):
+            prompt_tokens = await count(self.count_body(node_id))
+        except ApiError:
             prompt_tokens = 0
-        return MessageEvents(self.model, prompt_tokens)
+        return MessageEvents(self.expected, prompt_tokens)
 
     def count_body(self, node_id: str) -> bytes:
         """Return the request that counts the tokens of the prompt."""
-        return orjson.dumps({"model": node_id, "messages": self.chat["messages"]})
+        counted = {name: self.chat[name] for name in COUNTED if name in self.chat}
+        return msgspec.json.encode({"model": node_id, **counted})
 
 
 def decode_messages(body: bytes, *, strip_billing_block: bool, counts_only: bool) -> MessagesCall:
@@ -110,114 +104,115 @@ def decode_messages(body: bytes, *, strip_billing_block: bool, counts_only: bool
 
     With *counts_only* nothing will be generated, and ``max_tokens`` is not needed.
     """
-    raw = decode_object(body)
-    model_of(raw)
-    _refuse_unsupported(raw)
-    request = typed(raw, MessagesRequest)
-    chat: dict[str, Any] = {"messages": _chat_messages(request, strip_billing_block)}
-    if not counts_only:
-        chat["max_tokens"] = _max_tokens(request)
-        if request.messages[-1].role == "assistant":
-            raise UnsupportedParameter(
-                "messages: the last turn is the assistant's; continuing it (prefill) is not "
-                "supported by this version",
-                param="messages",
-            )
-    for name in ("temperature", "top_p", "top_k"):
-        if (value := getattr(request, name)) is not None:
-            chat[name] = value
-    if request.stop_sequences:
-        chat["stop"] = request.stop_sequences
-    return MessagesCall(request.model, bool(request.stream), chat)
+    request = decode_request(body, counts_only=counts_only)
+    try:
+        return _call(request, strip_billing_block=strip_billing_block, counts_only=counts_only)
+    except RecursionError as exc:  # writing goes a little deeper than reading has gone
+        raise MalformedJson("the body is nested too deeply") from exc
 
 
-def _max_tokens(request: MessagesRequest) -> int:
-    if request.max_tokens is None:
-        raise InvalidRequest("max_tokens: field required", param="max_tokens")
-    if request.max_tokens == 0:
-        raise UnsupportedParameter(
-            "max_tokens: 0 (warming the prompt cache) is not supported by this version",
-            param="max_tokens",
-        )
-    if request.max_tokens < 0:
-        raise InvalidRequest("max_tokens must be at least 1", param="max_tokens")
-    return request.max_tokens
-
-
-def _refuse_unsupported(raw: dict[str, Any]) -> None:
-    PARAMETERS.refuse_unsupported(raw, HONOURED)
-    thinking = raw.get("thinking")
-    if thinking is not None and _type_of(thinking) not in WITHOUT_THINKING:
-        raise _unsupported("thinking")
-    _refuse_format(raw.get("output_config"), "output_config")
-    turns = raw.get("messages")
-    for position, turn in enumerate(turns if isinstance(turns, list) else []):
-        if isinstance(turn, dict):  # what is none, the types refuse
-            _refuse_unsupported_turn(turn, f"messages.{position}")
-
-
-def _refuse_unsupported_turn(turn: dict[str, Any], place: str) -> None:
-    for name in turn:
-        if name not in FIELDS_OF_A_TURN:
-            raise _unsupported(f"{place}.{name}")
-    _refuse_format(turn.get("output_config"), f"{place}.output_config")
-
-
-def _refuse_format(output_config: Any, place: str) -> None:
-    if isinstance(output_config, dict) and output_config.get("format") is not None:
-        raise _unsupported(f"{place}.format")
-
-
-def _unsupported(place: str) -> UnsupportedParameter:
-    return UnsupportedParameter(PARAMETERS.unsupported.format(name=place), param=place)
-
-
-def _type_of(value: Any) -> Any:
-    return value.get("type") if isinstance(value, dict) else None
-
-
-def _chat_messages(request: MessagesRequest, strip_billing_block: bool) -> list[dict[str, Any]]:
-    given = request.system
-    system: list[str | dict[str, Any]] = [given] if isinstance(given, str) else [*(given or [])]
-    if strip_billing_block and system and _is_billing_line(system[0]):
-        system = system[1:]
-    turns: list[dict[str, Any]] = []
-    if system:
-        turns.append({"role": "system", "content": _content(system, "system")})
-    turns.extend(
-        {"role": turn.role, "content": _content(turn.content, f"messages.{position}.content")}
-        for position, turn in enumerate(request.messages)
+def _call(
+    request: MessagesRequest, *, strip_billing_block: bool, counts_only: bool
+) -> MessagesCall:
+    offer = offer_of(request)
+    if offer.left_out:
+        log.info("tools left out that nobody runs here", tools=offer.left_out)
+    messages = chat_messages(request, strip_billing_block=strip_billing_block)
+    if not messages:
+        raise InvalidRequest("messages: nobody says anything", param="messages")
+    chat = {
+        **_continuation(request, messages, counts_only=counts_only),
+        **tools_of(request, offer),
+        **_reasoning(request),
+        **_demanded(request),
+        **_sampling(request),
+    }
+    thinking = request.thinking
+    return MessagesCall(
+        model=request.model,
+        wants_stream=bool(request.stream),
+        chat=encoded(chat),
+        expected=Expected(
+            request.model,
+            request.max_tokens,
+            omits_thinking=thinking is not None and thinking.is_omitted,
+            diagnostics=request.diagnosed,
+        ),
+        affinity=_session(request, messages),
+        output_limit=request.max_tokens,
     )
-    return turns
 
 
-def _is_billing_line(block: str | dict[str, Any]) -> bool:
-    text = block if isinstance(block, str) else block.get("text")
-    if not isinstance(text, str):
-        return False
-    line = text.strip()
-    return line.startswith(BILLING) and "\n" not in line
+def _session(request: MessagesRequest, messages: list[Json]) -> str | None:
+    metadata = {"user_id": request.metadata.user_id} if request.metadata else None
+    return named_in_body(metadata=metadata) or head_of(messages)
 
 
-def _content(content: str | list[Any], place: str) -> str | list[dict[str, str]]:
-    """Return text, or text parts, as chat spells them; raise UnsupportedParameter for the rest."""
-    if isinstance(content, str):
-        return content
-    texts = [_text(block, f"{place}.{position}") for position, block in enumerate(content)]
-    if len(texts) == 1:
-        return texts[0]
-    return [{"type": "text", "text": text} for text in texts]
+def _continuation(request: MessagesRequest, messages: list[Json], *, counts_only: bool) -> Json:
+    """Return the messages, and how the last one is continued where it is the assistant's."""
+    place = f"messages.{len(request.messages) - 1}"
+    last = messages[-1] if messages else {}
+    if request.messages[-1].role != "assistant" or last.get("role") != "assistant":
+        return {"messages": messages}
+    if last == {"role": "assistant", "content": ""} and messages[1:]:  # nothing to go on from
+        return {"messages": messages[:-1]}
+    try:
+        _refuse_endless(last, place)
+    except ApiError:
+        if not counts_only:
+            raise
+        return {"messages": messages, "add_generation_prompt": False}
+    return {
+        "messages": messages,
+        "add_generation_prompt": False,
+        "continue_final_message": True,
+    }
 
 
-def _text(block: str | dict[str, Any], place: str) -> str:
-    if isinstance(block, str):
-        return block
-    kind = _type_of(block)
-    if kind != "text":
-        raise UnsupportedParameter(
-            f"{place}: blocks of type {kind!r} are not supported by this version", param=place
+def _refuse_endless(last: Json, place: str) -> None:
+    """Raise ApiError where the last turn, of the assistant, cannot be continued."""
+    if calls := last.get("tool_calls"):
+        ids = ", ".join(call["id"] for call in calls)
+        raise InvalidRequest(
+            f"{place}: `tool_use` ids were found without `tool_result` blocks immediately after: "
+            f"{ids}",
+            param=place,
         )
-    text = block.get("text")
-    if not isinstance(text, str):
-        raise InvalidRequest(f"{place}.text: a string is needed", param=f"{place}.text")
-    return text
+    text = last["content"] if isinstance(last["content"], str) else last["content"][-1].get("text")
+    if not text:
+        raise UnsupportedParameter(
+            f"{place}: the last turn is the assistant's and does not end in text: it cannot be "
+            f"continued",
+            param=place,
+        )
+    if text != text.rstrip():
+        raise InvalidRequest(
+            "messages: final assistant content cannot end with trailing whitespace", param=place
+        )
+
+
+def _reasoning(request: MessagesRequest) -> Json:
+    said: Json = {}
+    if thinking := request.thinking:
+        said["thinking"] = {"type": thinking.type}
+        if thinking.budget_tokens is not None:
+            said["thinking"]["budget_tokens"] = thinking.budget_tokens
+    if request.effort:
+        said["reasoning_effort"] = request.effort
+    return said
+
+
+def _demanded(request: MessagesRequest) -> Json:
+    """Return what the text of the answer must be, and what ends it."""
+    said: Json = {}
+    if form := request.format:
+        schema = {"name": "answer", "schema": form.schema, "strict": True}
+        said["response_format"] = {"type": "json_schema", "json_schema": schema}
+    if request.stop_sequences:
+        said["stop"] = request.stop_sequences
+    return said
+
+
+def _sampling(request: MessagesRequest) -> Json:
+    given = {name: getattr(request, name) for name in SAMPLING}
+    return {name: value for name, value in given.items() if value is not None}

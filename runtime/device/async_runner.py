@@ -21,10 +21,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cortex.ipc.engine_options import DEFAULT_SEQUENCES
 from cortex.models.batch import Batch, KVCache
 from cortex.runtime.device import sampler
 from cortex.runtime.device.cuda import fetch, upload
-from cortex.runtime.device.memory import DEFAULT_SEQUENCES
 from cortex.runtime.device.model_runner import (
     Finished,
     Launched,

@@ -11,6 +11,9 @@
 Where the tokens that are due decide more than themselves (penalties, a reasoning budget, drafts, a
 grammar), a step lands before the next is scheduled.
 
+Of a sequence's rows of logits the first may tell the log probabilities of its prompt, the others
+choose tokens. One that is to have none (``max_tokens`` 0) chooses one that nobody is told.
+
 A sequence with a grammar is queued once that is compiled (``grammar.py``); its masks are computed
 during the forward pass. It ends where nothing can follow, in a record of its own without a token.
 
@@ -243,13 +246,38 @@ class Engine:
         at = 0
         for planned in flight.plan.sampled:
             if planned.sequence_id in self._scheduler:  # else it has ended since the launch
-                self._tell_choices(report, planned, chosen[at : at + planned.rows])
+                self._tell_rows(report, planned, chosen[at : at + planned.rows])
             at += planned.rows
 
     def _pool(self, plan: StepPlan) -> Mapping[int, bytes | None]:
         if not plan.sequences:
             return {}
         return self._pooler.add(plan.sequences, self._runner.hidden(plan))
+
+    def _tell_rows(
+        self, report: StepReport, planned: PlannedSequence, chosen: list[Chosen]
+    ) -> None:
+        """Tell what a sequence's rows say of its prompt, and what they choose."""
+        scores = len(planned.scored)
+        if scores and not self._tell_scores(report, planned.sequence_id, chosen[:scores]):
+            return
+        if not planned.samples:
+            return
+        if planned.sampling.max_tokens or chosen[-1].token_id is None:
+            self._tell_choices(report, planned, chosen[scores:] if scores else chosen)
+        else:
+            self._tell_prompt(report, planned.sequence_id)
+            self._end(planned.sequence_id)
+            report.records.append(TokenRecord(planned.sequence_id, 0, math.nan, Flag.LENGTH))
+
+    def _tell_scores(self, report: StepReport, sequence_id: int, scores: list[Chosen]) -> bool:
+        """Tell log probabilities of a prompt; return whether there are any, else it has failed."""
+        if any(score.token_id is None for score in scores):
+            report.events.append(self._fail_choice(sequence_id, is_stuck=False))
+            return False
+        for score in scores:
+            report.records += _records(sequence_id, score, Flag.SCORE)
+        return True
 
     def _tell_choices(
         self, report: StepReport, planned: PlannedSequence, chosen: list[Chosen]
@@ -271,12 +299,8 @@ class Engine:
             report.events.append(self._fail_choice(sequence_id, is_stuck=chosen.is_stuck))
             return Flag.FINISH
         self._tell_prompt(report, sequence_id)
-        report.records.extend(
-            TokenRecord(sequence_id, token_id, logprob, Flag.TOP, rank)
-            for rank, (token_id, logprob) in enumerate(chosen.top, 1)
-        )
         flags = self._scheduler.append(sequence_id, chosen.token_id, is_computed=is_computed)
-        report.records.append(TokenRecord(sequence_id, chosen.token_id, chosen.logprob, flags))
+        report.records += _records(sequence_id, chosen, flags)
         if not flags & Flag.FINISH and self._scheduler.is_complete(sequence_id):
             self._end(sequence_id)
             flags = Flag.STOP
@@ -359,6 +383,16 @@ class Engine:
                 f"the prompt {what}takes {tokens} tokens, "
                 f"the KV cache of {self.model} has room for {self.pool.tokens}",
             )
+
+
+def _records(sequence_id: int, chosen: Chosen, flags: Flag) -> list[TokenRecord]:
+    """Return the record of a token, and before it those of the likeliest ones."""
+    assert chosen.token_id is not None, "a row without a token has no record"
+    tops = [
+        TokenRecord(sequence_id, token_id, logprob, Flag.TOP, rank)
+        for rank, (token_id, logprob) in enumerate(chosen.top, 1)
+    ]
+    return [*tops, TokenRecord(sequence_id, chosen.token_id, chosen.logprob, flags)]
 
 
 def _cancelled(sequence: Sequence) -> TokenRecord | Failed:

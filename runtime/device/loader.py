@@ -27,7 +27,7 @@ import structlog
 import torch
 
 from cortex.ipc.descriptors import wake_up
-from cortex.ipc.engine_options import EngineOptions
+from cortex.ipc.engine_options import DEFAULT_SEQUENCES, EngineOptions
 from cortex.ipc.heartbeat import Activity
 from cortex.ipc.messages import Failed, Footprint, LoadModel, LoadProgress, ModelLoaded
 from cortex.models.checkpoints.errors import CheckpointError
@@ -39,7 +39,6 @@ from cortex.runtime.device.engine import Engine
 from cortex.runtime.device.faults import is_device_fault, is_out_of_memory
 from cortex.runtime.device.grammar import Grammars
 from cortex.runtime.device.memory import (
-    DEFAULT_SEQUENCES,
     DeviceMemory,
     Limits,
     Needs,
@@ -54,6 +53,7 @@ from cortex.runtime.device.model_runner import (
 )
 from cortex.runtime.device.refusal import DeviceLost, Refused
 from cortex.runtime.device.sampler import sampling_bytes
+from cortex.runtime.device.scheduler import SCORED_ROWS
 from cortex.runtime.device.vocabulary import Vocabulary
 from cortex.runtime.device.workspace import Workspace, measure_workspace
 
@@ -231,7 +231,7 @@ class Loader:
 
     def _workspace(self, command: LoadModel, model: ServableModel) -> Workspace:
         sequences = command.max_sequences or DEFAULT_SEQUENCES
-        beside_bytes = sampling_bytes(sequences, model.vocab_size)
+        beside_bytes = sampling_bytes(sequences + SCORED_ROWS, model.vocab_size)
         has_graphs = self._device.type == "cuda" and self._options.cuda_graphs
         if self._device.type == "cuda":
             beside_bytes += kv_bytes_per_token(model) * BLOCK_TOKENS  # the scratch block
@@ -280,6 +280,8 @@ class _Progress:
                 "insufficient_memory",
                 f"the weights take {mebibytes(weights_bytes)}, "
                 f"the device has {mebibytes(free_bytes)} free",
+                weights_bytes=weights_bytes,
+                memory_bytes=free_bytes,
             )
 
 
@@ -289,6 +291,7 @@ def _needs(model: ServableModel, workspace: Workspace) -> Needs:
         kv_bytes_per_token=kv_bytes_per_token(model),
         block_tokens=BLOCK_TOKENS,
         workspace=workspace,
+        weights_bytes=model.weights_bytes,
     )
 
 
@@ -310,8 +313,9 @@ def _failure(command: LoadModel, error: Exception) -> LoadFailed | DeviceLost:
     if is_device_fault(error):
         return DeviceLost(f"while loading {command.model}: {error}")
     code, detail = "load_failed", f"loading {command.model} failed: {type(error).__name__}"
+    numbers = {}
     if isinstance(error, Refused):
-        code, detail = error.code, str(error)
+        code, detail, numbers = error.code, str(error), error.numbers
     elif isinstance(error, Unavailable):
         code, detail = "attention_unavailable", str(error)
     elif isinstance(error, CheckpointError):
@@ -322,4 +326,5 @@ def _failure(command: LoadModel, error: Exception) -> LoadFailed | DeviceLost:
         code, detail = "insufficient_memory", f"the device ran out of memory: {error}"
     else:
         _log.error("load failed", model=command.model, exc_info=error)
-    return LoadFailed(command.model, Failed(code, detail, command.command_id))
+    failed = Failed(code, detail, command.command_id, numbers=numbers)
+    return LoadFailed(command.model, failed)

@@ -4,8 +4,8 @@ The KV cache of a model gets, in this order:
 
     kv_cache_bytes                       exactly that
     max_context_tokens, max_sequences    that many full contexts
-    else                                 one full context and 1,024 tokens for each further seat
-                                         (16 seats unless max_sequences says otherwise)
+    else                                 one full context and 512 tokens for each further seat
+                                         (32 seats unless max_sequences says otherwise)
 
 The second and third are capped by what is free. A context that nobody asked for is shortened to
 what fits, down to 256 tokens; one that was asked for fits or the load is refused, with the numbers.
@@ -18,11 +18,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
+from cortex.ipc.engine_options import DEFAULT_SEQUENCES, cache_tokens
 from cortex.ipc.messages import Footprint, LoadModel
 from cortex.runtime.device.refusal import Refused
 
-DEFAULT_SEQUENCES = 32
-SHORT_SEQUENCE_TOKENS = 512
 MINIMUM_CONTEXT_TOKENS = 256
 DTYPES = "auto", "float32", "bfloat16", "float16"
 _MIB = 2**20
@@ -48,6 +47,7 @@ class Needs:
     kv_bytes_per_token: int
     block_tokens: int
     workspace: StepMemory
+    weights_bytes: int = 0
 
     @property
     def block_bytes(self) -> int:
@@ -139,10 +139,12 @@ def _exactly(command: LoadModel, kv_cache_bytes: int, needs: Needs, free_bytes: 
     context = command.max_context_tokens or min(needs.max_position_embeddings, held_tokens)
     least = min(MINIMUM_CONTEXT_TOKENS, command.max_context_tokens or needs.max_position_embeddings)
     if held_tokens < least:
+        least_bytes = _blocks_bytes(needs, least)
         raise Refused(
             "insufficient_memory",
             f"kv_cache_bytes {kv_cache_bytes} holds {held_tokens} tokens; "
-            f"{least} are the least that is useful, and take {_blocks_bytes(needs, least)}",
+            f"{least} are the least that is useful, and take {least_bytes}",
+            **_numbers(needs, least_bytes, needs.workspace_bytes(least), free_bytes),
         )
     workspace = needs.workspace_bytes(min(context, held_tokens))
     if blocks * needs.block_bytes + workspace > free_bytes:
@@ -150,6 +152,7 @@ def _exactly(command: LoadModel, kv_cache_bytes: int, needs: Needs, free_bytes: 
             "insufficient_memory",
             f"a KV cache of {mebibytes(kv_cache_bytes)} and a workspace of {mebibytes(workspace)} "
             f"do not fit: {mebibytes(free_bytes)} are free beside the weights",
+            **_numbers(needs, blocks * needs.block_bytes, workspace, free_bytes),
         )
     return Limits(context, command.max_sequences or DEFAULT_SEQUENCES, blocks, workspace)
 
@@ -159,30 +162,35 @@ def _fairly(command: LoadModel, needs: Needs, free_bytes: int) -> Limits:
     least = command.max_context_tokens or min(MINIMUM_CONTEXT_TOKENS, wanted)
     context = min(wanted, _affordable_context(needs, free_bytes))
     if context < least:
+        least_bytes, workspace = _blocks_bytes(needs, least), needs.workspace_bytes(least)
         raise Refused(
             "insufficient_memory",
-            f"one context of {least} tokens takes a KV cache of "
-            f"{mebibytes(_blocks_bytes(needs, least))} and a workspace of "
-            f"{mebibytes(needs.workspace_bytes(least))}: "
+            f"one context of {least} tokens takes a KV cache of {mebibytes(least_bytes)} and a "
+            f"workspace of {mebibytes(workspace)}: "
             f"{mebibytes(free_bytes)} are free beside the weights",
+            **_numbers(needs, least_bytes, workspace, free_bytes),
         )
-    sequences = command.max_sequences or DEFAULT_SEQUENCES
+    tokens = cache_tokens(context, command.max_context_tokens, command.max_sequences)
     workspace = needs.workspace_bytes(context)
     return Limits(
         max_context_tokens=context,
-        max_sequences=sequences,
+        max_sequences=command.max_sequences or DEFAULT_SEQUENCES,
         blocks=min(
-            _blocks(needs, _wanted_tokens(command, context, sequences)),
+            _blocks(needs, tokens),
             (free_bytes - workspace) // needs.block_bytes,
         ),
         workspace_bytes=workspace,
     )
 
 
-def _wanted_tokens(command: LoadModel, context: int, sequences: int) -> int:
-    if command.max_context_tokens is not None and command.max_sequences is not None:
-        return context * sequences
-    return context + (sequences - 1) * min(SHORT_SEQUENCE_TOKENS, context)
+def _numbers(needs: Needs, kv_bytes: int, workspace_bytes: int, free_bytes: int) -> dict[str, int]:
+    """Return what a refusal was made by; the memory is what there is for weights and all."""
+    return {
+        "weights_bytes": needs.weights_bytes,
+        "kv_bytes": kv_bytes,
+        "workspace_bytes": workspace_bytes,
+        "memory_bytes": needs.weights_bytes + free_bytes,
+    }
 
 
 def _affordable_context(needs: Needs, free_bytes: int) -> int:

@@ -11,9 +11,9 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from cortex.ipc.engine_options import DEFAULT_SEQUENCES
 from cortex.models.batch import Batch, KVCache
 from cortex.runtime.device.cuda import upload
-from cortex.runtime.device.memory import DEFAULT_SEQUENCES
 from cortex.runtime.device.row import Chosen, Row
 from cortex.runtime.device.sampler import sample
 from cortex.runtime.device.step_plan import StepPlan

@@ -5,7 +5,7 @@ model_not_loaded              any          the device does not hold the model
 model_loading                 unload       the load is still running
 already_loaded                load         the device holds the model
 already_loading               load         a load of it is running or queued
-insufficient_memory           load         the budget cannot hold it; the numbers are in the text
+insufficient_memory           load         the budget cannot hold it; it has the numbers
 context_too_long              load         max_context_tokens is beyond what the model can
 invalid_limits                load         a limit below one
 unknown_dtype                 load         not one of those that LoadModel lists
@@ -33,11 +33,12 @@ from cortex.ipc.errors import CortexError
 
 
 class Refused(CortexError):
-    """A command that cannot be carried out; becomes ``Failed`` with this code and text."""
+    """A command that cannot be carried out; becomes ``Failed`` with this code, text and numbers."""
 
-    def __init__(self, code: str, detail: str) -> None:
+    def __init__(self, code: str, detail: str, **numbers: int) -> None:
         super().__init__(detail)
         self.code = code
+        self.numbers = numbers
 
 
 class DeviceLost(CortexError):

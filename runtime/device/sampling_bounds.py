@@ -20,7 +20,7 @@ def refuse_bad_sampling(sampling: SamplingParams, vocab_size: int) -> None:
     s = sampling
     bounds = {
         "temperature": 0 <= s.temperature < math.inf,
-        "max_tokens": s.max_tokens >= 1,
+        "max_tokens": s.max_tokens >= 0,
         "top_p": 0 < s.top_p <= 1,
         "top_k": s.top_k >= 0,
         "min_p": 0 <= s.min_p <= 1,
@@ -28,6 +28,7 @@ def refuse_bad_sampling(sampling: SamplingParams, vocab_size: int) -> None:
         "presence_penalty": abs(s.presence_penalty) <= LARGEST,
         "frequency_penalty": abs(s.frequency_penalty) <= LARGEST,
         "top_logprobs": s.top_logprobs is None or 0 <= s.top_logprobs <= MOST,
+        "prompt_logprobs": s.prompt_logprobs is None or 0 <= s.prompt_logprobs <= MOST,
     }
     for name, holds in bounds.items():
         if not holds:

@@ -20,6 +20,9 @@ A plan may be made before the step before has told its tokens: each of them is t
 the plan, and its sequence, unless that token is its last for sure, goes on.
 
 An embedding is a sequence that is given no token: it ends when all of its tokens are computed.
+
+A prompt whose log probabilities are asked for finds no blocks of others, and its chunks are short:
+each of its tokens wants a row of logits, and memory for those is bounded (``SCORED_ROWS``).
 """
 
 from __future__ import annotations
@@ -40,6 +43,8 @@ if TYPE_CHECKING:  # this file needs no torch
 TOKEN_BUDGETS = {"cpu": 128, "cuda": 512}
 """Tokens of a step, by kind of device. On a CPU a step of 128 prompt tokens takes a quarter of the
 time of 512, so streams stall for less, and as many tokens a second (SmolLM2-135M, 2 cores)."""
+SCORED_ROWS = 32
+"""Rows of logits of prompts in a step, for which memory is set aside."""
 RESERVE_TOKENS = 64
 """The little that joining takes beyond the tokens known."""
 
@@ -101,7 +106,7 @@ class Scheduler:
         most = self.limit_tokens - (sequence.pooling is None)  # a generation needs one more
         assert 0 < len(sequence.tokens) <= most, "the engine refused it before"
         sequence.arrival = next(self._arrivals)
-        if self._drafts and sequence.pooling is None:
+        if self._drafts and sequence.pooling is None and sequence.sampling.max_tokens:
             sequence.drafter = Drafter()
         self._by_id[sequence.id] = sequence
         insort(self.waiting, sequence, key=_rank)
@@ -134,15 +139,20 @@ class Scheduler:
             self._admit_urgent()
         ready = [sequence for sequence in self.running if self._goes_on(sequence)]
         counts = {sequence.id: 1 for sequence in ready if sequence.remaining == 1}
-        budget = self.token_budget - len(counts)
+        budget, rows = self.token_budget - len(counts), SCORED_ROWS
+
+        def give(sequence: Sequence) -> None:
+            nonlocal budget, rows
+            counts[sequence.id] = count = min(sequence.within(rows), budget)
+            budget -= count
+            rows -= len(sequence.scored_by(count))
+
         for sequence in ready:
             if sequence.remaining > 1 and budget:
-                counts[sequence.id] = min(sequence.remaining, budget)
-                budget -= counts[sequence.id]
+                give(sequence)
         while budget and not has_preempted and (joined := self._admit()):
-            counts[joined.id] = min(joined.remaining, budget)
-            budget -= counts[joined.id]
-        planned = [sequence for sequence in self.running if sequence.id in counts]
+            give(joined)
+        planned = [sequence for sequence in self.running if counts.get(sequence.id)]
         if any(counts[sequence.id] > 1 for sequence in planned):
             return StepPlan([_plan(sequence, counts[sequence.id], []) for sequence in planned])
         return StepPlan([_plan(s, 1, drafts) for s, drafts in self._with_drafts(planned, budget)])
@@ -151,6 +161,7 @@ class Scheduler:
         """Note that *plan* was launched: what comes after it finds its tokens computed."""
         for planned in plan.sequences:
             sequence = self._by_id[planned.sequence_id]
+            sequence.scored += len(planned.scored)
             sequence.computed = planned.known_position
             sequence.due += planned.samples
             self._remember(sequence)
@@ -254,7 +265,7 @@ class Scheduler:
 
     def _head_keys(self, sequence: Sequence) -> list[bytes]:
         """Return the keys of the blocks that may be shared: all full ones but the last token's."""
-        if not self._keeps_prefixes or sequence.pooling is not None:
+        if not self._keeps_prefixes or sequence.pooling is not None or sequence.unscored:
             return []
         full = (len(sequence.tokens) - 1) // self.pool.block_tokens
         return sequence.keys(full, self.pool.block_tokens)
@@ -328,4 +339,5 @@ def _plan(sequence: Sequence, count: int, drafts: list[int]) -> PlannedSequence:
         counts=sequence.counts,
         forced=sequence.forced,
         drafts=len(drafts),
+        scored=sequence.scored_by(count),
     )

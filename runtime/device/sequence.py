@@ -18,7 +18,7 @@ if TYPE_CHECKING:  # the scheduler needs this file, and no torch
     from cortex.runtime.device.grammar import GrammarState
 
 NO_ANSWER = SamplingParams(temperature=0.0, max_tokens=0, seed=0)
-"""Of an embedding, which ends when its prompt is computed."""
+"""Of what ends when its prompt is computed: an embedding, say."""
 UNKNOWN = -1
 """In a plan, the token that the step before is about to choose."""
 
@@ -46,6 +46,9 @@ class Sequence:
     due: int = 0
     """How many steps have been launched that choose a token of it and have not told it yet."""
     blocks: list[int] = field(default_factory=list)
+    scored: int = 0
+    """How many of the first tokens have been computed for what they say of the next one, where the
+    log probabilities of the prompt are asked for."""
     known_blocks: int = 0
     """Of how many of the first blocks the pool knows what they hold."""
     has_joined: bool = False
@@ -99,6 +102,25 @@ class Sequence:
     def is_complete(self) -> bool:
         """Whether its grammar lets nothing follow."""
         return self.grammar is not None and self.grammar.is_complete
+
+    @property
+    def unscored(self) -> int:
+        """Of how many tokens of the prompt the log probabilities are still to be computed."""
+        is_asked = self.sampling.prompt_logprobs is not None
+        return self.prompt_tokens - 1 - self.scored if is_asked else 0
+
+    def within(self, rows: int) -> int:
+        """Return how many tokens can be computed now if *rows* of logits may be of the prompt."""
+        if self.unscored <= rows:
+            return self.remaining
+        return max(0, self.scored - self.computed) + rows
+
+    def scored_by(self, count: int) -> list[int]:
+        """Return the tokens of the prompt whose log probabilities the next *count* tokens tell."""
+        if not self.unscored:
+            return []
+        first = max(self.computed, self.scored) + 1
+        return self.tokens[first : min(self.computed + count + 1, self.prompt_tokens)]
 
     def last_possible(self, limit_tokens: int) -> int:
         """Return how many tokens it has at most when it ends."""

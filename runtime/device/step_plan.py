@@ -29,6 +29,9 @@ class PlannedSequence(msgspec.Struct, frozen=True):
     forced: int | None = None
     """The token that comes next whatever the logits say."""
     drafts: int = 0
+    scored: list[int] = []
+    """Tokens of the prompt whose log probabilities are asked for: those after the tokens whose rows
+    of logits are the first ones."""
 
     @property
     def samples(self) -> bool:
@@ -38,6 +41,11 @@ class PlannedSequence(msgspec.Struct, frozen=True):
     @property
     def rows(self) -> int:
         """How many rows of logits it wants, of its last tokens."""
+        return len(self.scored) + self.choices
+
+    @property
+    def choices(self) -> int:
+        """How many of them, the last ones, choose a token."""
         return 1 + self.drafts if self.samples else 0
 
     @property
@@ -78,8 +86,8 @@ class StepPlan(msgspec.Struct, frozen=True):
 
     @property
     def sampled(self) -> list[PlannedSequence]:
-        """The sequences that get tokens, in the order of their rows of logits."""
-        return [planned for planned in self.sequences if planned.samples]
+        """The sequences that want logits, in the order of their rows."""
+        return [planned for planned in self.sequences if planned.rows]
 
     @property
     def rows(self) -> int:

@@ -1,5 +1,7 @@
 """How the rows of a step are chosen from, in the order of its logits.
 
+The rows that tell the log probabilities of a prompt have the prompt's own tokens put in.
+
 Where grammars say what may be chosen, that is computed while the forward pass runs: the rows are
 made when the sampler first looks at them.
 """
@@ -10,10 +12,12 @@ from collections.abc import Callable, Sequence
 from functools import cached_property
 from typing import overload
 
+import msgspec
 from torch import Tensor
 
 from cortex.runtime.device.grammar import Grammars, GrammarState
 from cortex.runtime.device.row import Row
+from cortex.runtime.device.sequence import NO_ANSWER
 from cortex.runtime.device.step_plan import PlannedSequence, StepPlan
 
 
@@ -21,10 +25,13 @@ def rows_of(
     plan: StepPlan, grammar_of: Callable[[int], GrammarState | None], grammars: Grammars
 ) -> Sequence[Row]:
     """Return the rows of *plan*; *grammar_of* says where a sequence stands in its grammar."""
-    sampled = [(planned, grammar_of(planned.sequence_id)) for planned in plan.sampled]
+    sampled = [
+        (planned, grammar_of(planned.sequence_id) if planned.samples else None)
+        for planned in plan.sampled
+    ]
     asked = [(state, planned.drafted) for planned, state in sampled if state]
     if not asked:
-        return [row for planned, _ in sampled for row in _rows(planned, [None] * planned.rows)]
+        return [row for planned, _ in sampled for row in _rows(planned, [None] * planned.choices)]
     masks = grammars.masks(asked)
 
     def make() -> list[Row]:
@@ -32,14 +39,14 @@ def rows_of(
         return [
             row
             for planned, state in sampled
-            for row in _rows(planned, next(found) if state else [None] * planned.rows)
+            for row in _rows(planned, next(found) if state else [None] * planned.choices)
         ]
 
     return _LateRows(make)
 
 
 def _rows(planned: PlannedSequence, allowed: Sequence[Tensor | None]) -> list[Row]:
-    return [
+    chosen = [
         Row(
             planned.sampling,
             planned.known_position + index,
@@ -49,6 +56,12 @@ def _rows(planned: PlannedSequence, allowed: Sequence[Tensor | None]) -> list[Ro
         )
         for index, mask in enumerate(allowed)
     ]
+    return [*_scored(planned), *chosen] if planned.scored else chosen
+
+
+def _scored(planned: PlannedSequence) -> list[Row]:
+    asked = msgspec.structs.replace(NO_ANSWER, top_logprobs=planned.sampling.prompt_logprobs)
+    return [Row(asked, position=0, forced=token_id) for token_id in planned.scored]
 
 
 class _LateRows(Sequence[Row]):

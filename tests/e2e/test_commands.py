@@ -20,7 +20,7 @@ def cortex(*arguments: str) -> subprocess.CompletedProcess[str]:
         [sys.executable, "-m", "cortex.gateway", *arguments],
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=120,
         check=False,
     )
 
@@ -89,3 +89,17 @@ def test_tap_prints_what_happens_as_it_happens(stack: Stack, tmp_path: Path) -> 
 
     assert tap.wait(10) in {0, 130}
     assert "Traceback" not in output.read_text()
+
+
+def test_the_doctor_finds_the_stack_well(stack: Stack) -> None:
+    result = cortex("doctor", "--endpoint", stack.url, "--client", "all", "--json")
+
+    report = msgspec.json.decode(result.stdout)
+    found = {f"{it['client']}: {it['check']}": it for it in report["findings"]}
+    assert [it for it in found.values() if it["outcome"] == "fail"] == []
+    assert (result.returncode, report["ok"], report["model"]) == (0, True, MODEL)
+    assert {name for name, it in found.items() if it["outcome"] != "pass"} == {
+        "claude-code: model discovery",
+        "openai: embeddings",
+        "zed: edit prediction: suffix",
+    }

@@ -176,6 +176,65 @@ def test_both_dialects_give_the_same_text(chat: openai.OpenAI, claude: anthropic
     assert answer.content[0].text == same.choices[0].message.content
 
 
+def test_a_response_is_the_answer_of_chat(chat: openai.OpenAI) -> None:
+    response = chat.responses.create(model=MODEL, input=QUESTION)
+    same = ask(chat)
+
+    assert response.output_text == same.choices[0].message.content
+    assert response.status == "completed"
+    assert response.usage is not None
+    assert same.usage is not None
+    assert response.usage.total_tokens == same.usage.total_tokens
+
+
+def test_a_response_streams_the_same_answer(chat: openai.OpenAI) -> None:
+    whole = chat.responses.create(model=MODEL, input=QUESTION)
+    with chat.responses.stream(model=MODEL, input=QUESTION) as stream:
+        text = "".join(e.delta for e in stream if e.type == "response.output_text.delta")
+        final = stream.get_final_response()
+
+    assert text == final.output_text == whole.output_text
+    assert final.usage is not None
+    assert whole.usage is not None
+    assert final.usage.output_tokens == whole.usage.output_tokens
+
+
+def test_a_response_goes_on_from_another(chat: openai.OpenAI) -> None:
+    first = chat.responses.create(model=MODEL, input=QUESTION)
+    second = chat.responses.create(model=MODEL, input="Why?", previous_response_id=first.id)
+    same = chat.responses.create(
+        model=MODEL,
+        input=[
+            {"role": "user", "content": QUESTION},
+            {"role": "assistant", "content": first.output_text},
+            {"role": "user", "content": "Why?"},
+        ],
+    )
+
+    assert second.output_text == same.output_text
+
+
+def test_a_response_that_the_limit_cut_is_incomplete(chat: openai.OpenAI) -> None:
+    response = chat.responses.create(model=MODEL, input=QUESTION, max_output_tokens=2)
+
+    assert response.status == "incomplete"
+    assert response.incomplete_details is not None
+    assert response.incomplete_details.reason == "max_output_tokens"
+
+
+def test_log_probabilities_of_a_response_are_those_of_its_text(chat: openai.OpenAI) -> None:
+    response = chat.responses.create(
+        model=MODEL, input=QUESTION, top_logprobs=2, include=["message.output_text.logprobs"]
+    )
+
+    (item,) = response.output
+    assert item.type == "message"
+    assert item.content[0].type == "output_text"
+    told = item.content[0].logprobs or []
+    assert "".join(token.token for token in told).startswith(response.output_text)
+    assert len(told[0].top_logprobs) == 2
+
+
 def test_counting_tokens_is_exact(claude: anthropic.Anthropic) -> None:
     counted = claude.messages.count_tokens(
         model=MODEL, messages=[{"role": "user", "content": QUESTION}]

@@ -200,3 +200,78 @@ def test_a_model_that_makes_no_embeddings_says_so(client: openai.OpenAI) -> None
         client.embeddings.create(model=MODEL, input="hello")
 
     assert refusal.value.code == "unsupported_parameter"
+
+
+# what a prompt alone is good for
+
+
+def post(stack: Stack, path: str, **body: Any) -> dict[str, Any]:
+    status, answer = stack.post(path, {"model": MODEL, "temperature": 0, **body})
+    assert status == 200, answer
+    return dict(answer)
+
+
+def test_of_no_tokens_the_prompt_is_left_for_the_next_request(
+    stack: Stack, client: openai.OpenAI
+) -> None:
+    asked = [{"role": "user", "content": "Nobody else asks of the wombat. " * 12}]
+
+    warmed = ask(client, messages=asked, max_tokens=0)
+    streamed: Any = ask(
+        client, messages=asked, max_tokens=0, stream=True, stream_options={"include_usage": True}
+    )
+
+    *_, last = streamed
+    assert (warmed.choices[0].message.content, warmed.choices[0].finish_reason) == ("", "length")
+    for usage in (warmed.usage, last.usage):
+        assert usage is not None
+        assert usage.completion_tokens == 0
+    assert warmed.usage is not None
+    assert last.usage.prompt_tokens_details.cached_tokens >= warmed.usage.prompt_tokens - 16
+
+
+def test_an_answer_continues_what_the_assistant_began(stack: Stack) -> None:
+    begun = [*QUESTION, {"role": "assistant", "content": "The capital of France is"}]
+    continued = {"continue_final_message": True, "add_generation_prompt": False}
+
+    answer = post(stack, "/v1/chat/completions", messages=begun, max_tokens=3, **continued)
+
+    assert answer["choices"][0]["message"]["content"].startswith(" Paris")
+
+
+def test_a_prompt_is_echoed_and_scored_as_it_would_be_said(stack: Stack) -> None:
+    prompt = "The capital of France is"
+    said = post(stack, "/v1/completions", prompt=prompt, max_tokens=2, logprobs=1)["choices"][0]
+    whole = prompt + said["text"]
+
+    scored = post(stack, "/v1/completions", prompt=whole, max_tokens=0, logprobs=1, echo=True)
+
+    [choice] = scored["choices"]
+    assert (choice["text"], scored["usage"]["completion_tokens"]) == (whole, 0)
+    logprobs = choice["logprobs"]
+    assert "".join(logprobs["tokens"]) == whole
+    assert logprobs["token_logprobs"][0] is None
+    assert all(p <= 0 for p in logprobs["token_logprobs"][1:])
+    assert logprobs["token_logprobs"][-2:] == pytest.approx(
+        said["logprobs"]["token_logprobs"], abs=1e-4
+    )
+
+
+def test_several_prompts_are_answered_as_each_alone(stack: Stack) -> None:
+    prompts = ["The capital of France is", "One, two, three,"]
+
+    together = post(stack, "/v1/completions", prompt=prompts, max_tokens=4)
+    alone = [post(stack, "/v1/completions", prompt=one, max_tokens=4) for one in prompts]
+
+    assert [choice["text"] for choice in together["choices"]] == [
+        one["choices"][0]["text"] for one in alone
+    ]
+    assert together["usage"]["prompt_tokens"] == sum(o["usage"]["prompt_tokens"] for o in alone)
+
+
+def test_a_load_is_estimated_by_what_it_was_measured_at(stack: Stack) -> None:
+    status, estimate = stack.post("/models/estimate", {"model_id": MODEL}, stack.neuron_url)
+
+    assert status == 200, estimate
+    assert estimate["is_measured"]
+    assert 90 < estimate["least_mb"] <= estimate["wanted_mb"]

@@ -14,7 +14,7 @@ from cortex.gateway.app import CannotListen, Gateway
 from cortex.gateway.background import Background
 from cortex.gateway.config import Listening
 from cortex.gateway.door import Door
-from cortex.gateway.proxy import Exchange
+from cortex.gateway.exchange import Exchange
 from cortex.ipc.errors import ShuttingDown
 from fakes import QUICK, FakeNeuron, gateway_config, until
 

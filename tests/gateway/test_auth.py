@@ -14,7 +14,7 @@ CHAT = "/v1/chat/completions"
 BODY = {"model": "qwen3-8b", "messages": []}
 KEYS = (
     Key("sk-everything", "boss"),
-    Key("sk-only-small", "guest", ["small"]),
+    Key("sk-only-small", "guest", ["small"], operator=True),
     Key("sk-only-qwen", "friend", ["nick"]),
 )
 CATALOGUE = Catalogue({}, {"nick": "qwen3-8b"})
@@ -113,7 +113,17 @@ async def test_a_key_sees_only_its_models(
     assert (listed, status) == ([], 403)
 
 
-@pytest.mark.parametrize(("method", "path"), [("GET", "/health"), ("HEAD", "/"), ("GET", "/")])
+@pytest.mark.parametrize(
+    ("method", "path"),
+    [
+        ("GET", "/health"),
+        ("HEAD", "/health"),
+        ("HEAD", "/"),
+        ("GET", "/"),
+        ("HEAD", "/api/hello"),
+        ("HEAD", "/openapi.json"),
+    ],
+)
 async def test_health_is_public(
     neuron: FakeNeuron, session: aiohttp.ClientSession, method: str, path: str
 ) -> None:
@@ -164,3 +174,40 @@ async def test_a_forbidden_model_is_neither_loaded_nor_unloaded(
 
     assert (response.status, body["error"]["code"]) == (403, "model_not_allowed")
     assert "qwen3-8b" in neuron.models
+
+
+async def test_a_node_hears_the_priority_of_the_key_and_nothing_that_a_client_made_up(
+    neuron: FakeNeuron, session: aiohttp.ClientSession
+) -> None:
+    keys = (Key("sk-in-a-hurry", "chief", priority=7), Key("sk-everything", "boss"))
+    config = gateway_config(neuron, entitlements=Entitlements(keys=keys))
+    forged = {"x-cortex-priority": "10", "x-cortex-key": "root", "x-cortex-made-up": "1"}
+
+    async with Gateway(config) as gateway:
+        for key in ("sk-in-a-hurry", "sk-everything", "placeholder"):
+            await ask(session, gateway, **forged, **{"x-api-key": key})
+
+    said = [
+        {name: value for name, value in received.headers.items() if name.startswith("x-cortex")}
+        for received in neuron.received
+    ]
+    assert said == [
+        {"x-cortex-usage": "1", "x-cortex-key": "chief", "x-cortex-priority": "7"},
+        {"x-cortex-usage": "1", "x-cortex-key": "boss"},
+        {"x-cortex-usage": "1"},
+    ]
+
+
+async def test_keys_that_are_reloaded_count_from_the_next_request_on(
+    neuron: FakeNeuron, session: aiohttp.ClientSession
+) -> None:
+    headers = {"x-api-key": "sk-everything"}
+
+    async with Gateway(guarded(neuron, required=True)) as gateway:
+        before, _ = await ask(session, gateway, **headers)
+        others = Entitlements(require_auth=True, keys=(Key("sk-of-another", "other"),))
+        gateway.written.config = gateway_config(neuron, entitlements=others)
+        after, _ = await ask(session, gateway, **headers)
+        new, _ = await ask(session, gateway, **{"x-api-key": "sk-of-another"})
+
+    assert (before, after, new) == (200, 401, 200)

@@ -29,7 +29,6 @@ def test_everything_the_example_says_is_asked_of_the_node() -> None:
     assert catalogue.profiles["house-model"].load_request() == LoadRequest(
         model_id="file:/srv/models/SmolLM2-135M-Instruct.Q4_1.gguf",
         quant="Q4_1",
-        tensor_parallel=1,
         devices=[0],
         max_context_tokens=4096,
         kv_cache_mb=512,
@@ -95,7 +94,34 @@ def test_a_model_can_be_added() -> None:
             "models.toml:1: aliases.m: this is the id of a model",
         ),
         ('aliases = { a = "b", b = "c" }\n', "aliases.a: 'b' is itself an alias"),
-        ('[[models]]\nid = "m"\n\ncost = 3\n', "models.toml:4: models[0].cost: unknown option"),
+        ('[[models]]\nid = "m"\n\nprice = 3\n', "models.toml:4: models[0].price: unknown option"),
+        ('aliases = { "" = "b" }\n', "an alias needs a name"),
+        (
+            '[[models]]\nid = "m"\nsource = "/x"\n[[models]]\nid = "n"\nsource = "/x"\n',
+            "models.toml:6: models[1].source: to nodes this is 'm'; [aliases] gives",
+        ),
+        (
+            '[[models]]\nid = "m"\nsource = "smollm2-135m-instruct"\n',
+            "models.toml:3: models[0].source: to nodes this is 'smollm2-135m-instruct'",
+        ),
+        (
+            '[[models]]\nid = "m"\ndevices = [0, 0]\n',
+            "models.toml:3: models[0].devices: expected indices of devices, each of them once",
+        ),
+        ('[[models]]\nid = "m"\ndevices = []\n', "models[0].devices: expected indices of devices"),
+        (
+            '[[models]]\nid = "m"\ndevices = [0]\ntensor_parallel = 2\n',
+            "models.toml:4: models[0].tensor_parallel: devices names 1 of them",
+        ),
+        (
+            '[[models]]\nid = "m"\ntensor_parallel = 2\nmin_devices = 4\n',
+            "models.toml:4: models[0].min_devices: more than the 2 that it is to have",
+        ),
+        (
+            '[[models]]\nid = "m"\nresidency_priority = -1\n',
+            "models.toml:3: models[0].residency_priority: expected `int` >= 0",
+        ),
+        ('[[models]]\nid = "m"\ncost = { input = 1 }\n', "models.toml:3: models[0].cost: "),
         (
             '[[models]]\nid = "m"\nsampling = { temperature = 9 }\n',
             "models.toml:3: models[0].sampling.temperature: expected `float` <= 2.0",
@@ -128,3 +154,37 @@ def test_a_named_file_is_relative_to_the_configuration(tmp_path: Path) -> None:
     written(tmp_path, '[[models]]\nid = "m"\n', "mine.toml")
 
     assert "m" in catalogue_for("mine.toml", tmp_path / "cortex.toml", []).profiles
+
+
+@pytest.mark.parametrize(
+    ("profile", "residency_class"),
+    [
+        (Profile("m"), 100),
+        (Profile("m", pinned_on=("a",)), 1000),
+        (Profile("m", pinned_on=("a",), residency_priority=5), 5),
+        (Profile("m", residency_priority=0), 0),
+    ],
+)
+def test_a_model_bound_to_nodes_ranks_higher_unless_told(
+    profile: Profile, residency_class: int
+) -> None:
+    assert profile.residency_class == residency_class
+
+
+@pytest.mark.parametrize(
+    ("profile", "devices"),
+    [
+        (Profile("m"), 1),
+        (Profile("m", min_devices=2), 2),
+        (Profile("m", devices=[1, 3]), 2),
+        (Profile("m", tensor_parallel=4, min_devices=2), 4),
+    ],
+)
+def test_a_model_is_on_as_many_devices_as_its_profile_says(profile: Profile, devices: int) -> None:
+    asked = profile.load_request().tensor_parallel
+
+    assert (profile.device_count, asked or 1) == (devices, devices)
+
+
+def test_a_scheme_alone_stands_before_the_id() -> None:
+    assert Profile("org/m", source="huggingface").node_id == "huggingface:org/m"

@@ -5,29 +5,18 @@ import os
 import pty
 import signal
 import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import orjson
 import pytest
+from typer.testing import CliRunner
 
+from cortex.gateway import cli, operator_cli
 from cortex.gateway.app import Gateway
 from cortex.ipc.version import BUILD
 from fakes import FakeNeuron, gateway_config
-
-
-def cortex(*arguments: str, **environ: str) -> tuple[int, str, str]:
-    """Return exit status, stdout and stderr of ``cortex`` with *arguments*."""
-    done = subprocess.run(
-        [sys.executable, "-m", "cortex.gateway", *arguments],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=60,
-        env={**os.environ, **environ},
-    )
-    return done.returncode, done.stdout, done.stderr
+from typed import cortex, started, typed
 
 
 def test_it_tells_its_version() -> None:
@@ -41,12 +30,15 @@ def test_without_a_command_it_teaches() -> None:
         assert f"cortex {command}" in out + err
 
 
-@pytest.mark.parametrize("command", ["up", "serve", "status", "chat"])
-def test_every_command_has_help(command: str) -> None:
-    status, out, _ = cortex(command, "--help")
+COMMANDS = ["up", "serve", "status", "chat", *(verb.__name__ for verb in operator_cli.COMMANDS)]
 
-    assert status == 0
-    assert "Usage: cortex" in out
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_has_help(command: str) -> None:
+    done = CliRunner().invoke(cli.app, [command, "--help"])
+
+    assert done.exit_code == 0
+    assert f"Usage: cortex {command}" in done.stdout
 
 
 def test_a_wrong_configuration_is_one_sentence_and_2(tmp_path: Path) -> None:
@@ -141,20 +133,6 @@ def test_a_gateway_that_is_not_there_is_one_sentence_and_1(command: list[str]) -
     assert status == 1
     assert err.startswith("cortex: no gateway answers at http://127.0.0.1:9")
     assert "Traceback" not in err
-
-
-async def typed(gateway: Gateway, *arguments: str, said: str = "") -> tuple[int | None, str, str]:
-    """Return exit status, stdout and stderr of ``cortex`` that talks with *gateway*."""
-    process = await started(gateway, *arguments)
-    out, err = await process.communicate(said.encode())
-    return process.returncode, out.decode(), err.decode()
-
-
-async def started(gateway: Gateway, *arguments: str) -> asyncio.subprocess.Process:
-    await gateway.poller.first_round()
-    command = [sys.executable, "-m", "cortex.gateway", *arguments, "--endpoint", gateway.url]
-    pipe = asyncio.subprocess.PIPE
-    return await asyncio.create_subprocess_exec(*command, stdin=pipe, stdout=pipe, stderr=pipe)
 
 
 async def test_status_shows_the_fleet(neuron: FakeNeuron) -> None:

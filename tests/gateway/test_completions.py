@@ -180,29 +180,6 @@ async def test_a_body_that_is_too_large_is_413(
     assert (status, orjson.loads(said)["error"]["code"]) == (413, "body_too_large")
 
 
-@pytest.mark.parametrize(
-    "path",
-    [
-        "/v1/responses",
-        "/v1/responses/resp_1",
-        "/fleet/models/pin",
-        "/fleet/models/unpin",
-        "/fleet/nodes/a/drain",
-        "/fleet/nodes/a/undrain",
-        "/openapi.json",
-    ],
-)
-async def test_what_is_not_there_yet_is_404_in_words(
-    neuron: FakeNeuron, session: aiohttp.ClientSession, path: str
-) -> None:
-    async with Gateway(gateway_config(neuron)) as gateway:
-        status, said, _ = await read(session, gateway.url + path, ASK)
-
-    error = orjson.loads(said)["error"]
-    assert (status, error["code"]) == (404, "not_found")
-    assert error["message"] == f"{path} is not served by this version"
-
-
 async def test_a_wrong_method_is_405(neuron: FakeNeuron, session: aiohttp.ClientSession) -> None:
     async with (
         Gateway(gateway_config(neuron)) as gateway,

@@ -5,21 +5,29 @@ from pathlib import Path
 import msgspec
 import pytest
 
+from cortex.gateway import config as config_module
 from cortex.gateway.catalogue import ModelsFile
 from cortex.gateway.config import (
-    Anthropic,
+    Budget,
+    Engine,
     Entitlements,
+    Eviction,
     GatewayConfig,
     Key,
-    Listening,
     Neuron,
+    Responses,
+    Routing,
+    State,
     Timeouts,
     load_config,
 )
 from cortex.ipc.settings import ConfigError, Table
 
 PACKAGING = Path(__file__).resolve().parents[2] / "packaging"
+TABLES = [kind for kind in vars(config_module).values() if kind in Table.__subclasses__()]
 NEURONS = '[[neurons]]\nname = "a"\nendpoint = "http://a:13131/"\n'
+ENGINE = '[[engines]]\nname = "ray"\nendpoint = "http://ray:8000"\n'
+KEY = '[[entitlements.keys]]\nkey = "12345678"\nid = "x"\n'
 
 
 def written(folder: Path, text: str) -> Path:
@@ -41,11 +49,7 @@ def test_the_example_equals_the_defaults() -> None:
     assert msgspec.structs.replace(config, neurons=()) == GatewayConfig()
 
 
-@pytest.mark.parametrize(
-    "shape",
-    [GatewayConfig, Listening, Neuron, Anthropic, Entitlements, Key, Timeouts],
-    ids=lambda shape: shape.__name__,
-)
+@pytest.mark.parametrize("shape", [*TABLES, Engine], ids=lambda shape: shape.__name__)
 def test_every_option_is_in_the_example(shape: type[Table]) -> None:
     text = (PACKAGING / "cortex.example.toml").read_text(encoding="utf-8")
 
@@ -61,20 +65,87 @@ def test_an_endpoint_loses_its_trailing_slash(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("[eviction]\n", "cortex.toml:1: eviction: not supported by this version"),
         ('[[neurons]]\nname = "a b"\n', "cortex.toml:2: neurons[0].name: expected a name"),
         (
             NEURONS + '[[neurons]]\nname = "b"\nendpoint = "http://b/v1"\n',
             "cortex.toml:6: neurons[1].endpoint: expected http://HOST:PORT",
         ),
+        (
+            '[[neurons]]\nname = "a"\nendpoint = "http://me:secret@a:13131"\n',
+            "cortex.toml:3: neurons[0].endpoint: expected http://HOST:PORT",
+        ),
+        (
+            'models_config = "a\\u0000b"\n' + NEURONS,
+            "cortex.toml:1: models_config: expected the path of a file",
+        ),
         (NEURONS + 'key_file = "x"\n', "cortex.toml:4: neurons[0].key_file: expected an absolute"),
         (NEURONS + 'ca_file = "/x"\n', "cortex.toml:4: neurons[0].ca_file: it has no meaning for"),
         ('[gateway]\nlisten = "localhost"\n', "cortex.toml:2: gateway.listen: expected HOST:PORT"),
         ("[timeouts]\npoll_seconds = 0\n", "cortex.toml:2: timeouts.poll_seconds: expected"),
+        ("[timeouts]\npoll_seconds = inf\n", "cortex.toml:2: timeouts.poll_seconds: expected"),
+        ("[timeouts]\npoll_seconds = nan\n", "cortex.toml:2: timeouts.poll_seconds: expected"),
+        (
+            '[eviction]\nstrategy = "mru"\n',
+            "cortex.toml:2: eviction.strategy: expected one of",
+        ),
+        ("[routing]\naffinity_load_factor = 0.5\n", "cortex.toml:2: routing.affinity_load_factor"),
+        ('[state]\ndirectory = "here"\n', "cortex.toml:2: state.directory: expected an absolute"),
+        (
+            ENGINE.replace("8000", "8000/v1"),
+            "cortex.toml:3: engines[0].endpoint: expected http://HOST:PORT",
+        ),
+        (ENGINE + "models = []\n", "cortex.toml:4: engines[0].models: expected"),
+        (
+            NEURONS + "max_in_flight = 3\n",
+            "cortex.toml:4: neurons[0].max_in_flight: unknown option",
+        ),
+        (
+            KEY + "budget = { tokens = 5, window = 3 }\n",
+            "cortex.toml:4: entitlements.keys[0].budget.window: unknown option",
+        ),
+        (
+            KEY + "budget = { per_seconds = 5 }\n",
+            "cortex.toml:4: entitlements.keys[0].budget: ",
+        ),
+        (
+            KEY.replace("12345678", "1234 5678 "),
+            "cortex.toml:2: entitlements.keys[0].key: expected at least 8 printable ASCII",
+        ),
+        (KEY + "priority = 11\n", "cortex.toml:4: entitlements.keys[0].priority: expected"),
     ],
 )
 def test_a_wrong_option_is_named_with_file_and_line(tmp_path: Path, text: str, said: str) -> None:
     assert refusal(tmp_path, text).startswith(said)
+
+
+@pytest.mark.parametrize(
+    "endpoint",
+    [
+        "http://:80",
+        "http://[::1",
+        "http://[not-one]:80",
+        "http://a:99999",
+        "http://a:http",
+        r"http://a\\b",
+    ],
+)
+def test_an_endpoint_that_nobody_could_connect_to_is_refused(tmp_path: Path, endpoint: str) -> None:
+    said = refusal(tmp_path, f'[[neurons]]\nname = "a"\nendpoint = "{endpoint}"\n')
+
+    assert said.startswith("cortex.toml:3: neurons[0].endpoint: ")
+
+
+@pytest.mark.parametrize(
+    "endpoint", ["http://a", "http://a:1/", "https://10.0.0.1:13131", "http://[::1]:80"]
+)
+def test_an_endpoint_is_a_name_or_an_address_and_perhaps_a_port(
+    tmp_path: Path, endpoint: str
+) -> None:
+    path = written(tmp_path, f'[[neurons]]\nname = "a"\nendpoint = "{endpoint}"\n')
+
+    config, _ = load_config(path, {})
+
+    assert config.neurons[0].url == endpoint.rstrip("/")
 
 
 @pytest.mark.parametrize(
@@ -86,6 +157,15 @@ def test_a_wrong_option_is_named_with_file_and_line(tmp_path: Path, text: str, s
             NEURONS + NEURONS.replace('"a"', '"b"'),
             "neurons[1].endpoint: 'http://a:13131' is there twice",
         ),
+        (
+            NEURONS + ENGINE.replace("ray", "a", 1),
+            "cortex.toml:5: engines[0].name: 'a' is there twice",
+        ),
+        (
+            NEURONS + ENGINE.replace("ray:8000", "a:13131"),
+            "cortex.toml:6: engines[0].endpoint: 'http://a:13131' is there twice",
+        ),
+        (NEURONS + ENGINE + 'ca_file = "/x"\n', "engines[0].ca_file: it has no meaning for"),
         (
             NEURONS + "[entitlements]\nrequire_auth = true\n",
             "require_auth: there must be at least one key",
@@ -127,6 +207,43 @@ def test_the_environment_may_name_a_whole_fleet() -> None:
     config, _ = load_config(None, environ)
 
     assert [neuron.name for neuron in config.neurons] == ["a", "b"]
+
+
+def test_a_fleet_may_be_of_engines_alone(tmp_path: Path) -> None:
+    config, _ = load_config(written(tmp_path, ENGINE), {})
+
+    assert [node.name for node in config.nodes] == ["ray"]
+
+
+def test_every_table_can_be_changed_by_the_environment(tmp_path: Path) -> None:
+    environ = {
+        "CORTEX_ENGINES__0__NAME": "ray",
+        "CORTEX_ENGINES__0__ENDPOINT": "http://ray:8000",
+        "CORTEX_ENGINES__0__MODELS__0": "glm-5",
+        "CORTEX_ENGINES__0__MAX_IN_FLIGHT": "64",
+        "CORTEX_EVICTION__STRATEGY": "priority",
+        "CORTEX_ROUTING__BREAKER_FAILURES": "9",
+        "CORTEX_STATE__DIRECTORY": "/srv/state",
+        "CORTEX_RESPONSES__MAX_STORED": "0",
+        "CORTEX_TIMEOUTS__LOAD_WAIT_SECONDS": "1.5",
+        "CORTEX_ENTITLEMENTS__KEYS__0__KEY": "12345678",
+        "CORTEX_ENTITLEMENTS__KEYS__0__ID": "x",
+        "CORTEX_ENTITLEMENTS__KEYS__0__BUDGET__TOKENS": "5",
+        "CORTEX_ENTITLEMENTS__KEYS__0__PRIORITY": "-1",
+    }
+
+    config, _ = load_config(written(tmp_path, NEURONS), environ)
+
+    assert config == GatewayConfig(
+        neurons=(Neuron("a", "http://a:13131/"),),
+        engines=(Engine("ray", "http://ray:8000", models=("glm-5",), max_in_flight=64),),
+        eviction=Eviction("priority"),
+        routing=Routing(breaker_failures=9),
+        state=State("/srv/state"),
+        responses=Responses(max_stored=0),
+        timeouts=Timeouts(load_wait_seconds=1.5),
+        entitlements=Entitlements(keys=(Key("12345678", "x", budget=Budget(5), priority=-1),)),
+    )
 
 
 @pytest.mark.parametrize(

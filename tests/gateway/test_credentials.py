@@ -12,8 +12,10 @@ import pytest
 
 from certificates import Authority
 from cortex.gateway.app import Gateway
-from cortex.gateway.config import GatewayConfig, Neuron
+from cortex.gateway.catalogue import BUILT_IN
+from cortex.gateway.config import Engine, GatewayConfig, Neuron
 from cortex.gateway.credentials import Credentials
+from cortex.gateway.written import Written
 from cortex.ipc.settings import ConfigError
 from fakes import FakeNeuron, gateway_config, until
 
@@ -109,7 +111,7 @@ async def test_a_new_key_is_taken_at_a_reload(neuron: FakeNeuron, tmp_path: Path
         await until(lambda: gateway.fleet.node("a").takes_requests)
         await asyncio.to_thread(key_file, tmp_path, "newer-key")
         neuron.key = "newer-key"
-        await asyncio.to_thread(gateway.credentials.reload)
+        await gateway.reload(lambda: Written(config, BUILT_IN)).again()
         await gateway.poller.refresh("a")
 
         assert gateway.fleet.node("a").failures == 0
@@ -125,14 +127,34 @@ def credentials_of(neuron: Neuron) -> Credentials:
 def test_a_broken_key_file_keeps_the_old_key_and_is_said_to_be(
     tmp_path: Path, logged: list[dict[str, Any]]
 ) -> None:
-    credentials = credentials_of(Neuron("a", "http://a:1", key_file=key_file(tmp_path)))
+    neuron = Neuron("a", "http://a:1", key_file=key_file(tmp_path))
+    credentials = credentials_of(neuron)
 
     key_file(tmp_path, "")
-    credentials.reload()
+    found = credentials.reread([neuron])
 
-    assert credentials.of("a").headers == {"Authorization": "Bearer node-key"}
+    assert found["http://a:1"].headers == {"Authorization": "Bearer node-key"}
     assert "neuron a: " in logged[0]["why"]
     assert "holds no key" in logged[0]["why"]
+
+
+def test_an_old_key_never_goes_to_a_new_address(tmp_path: Path) -> None:
+    neuron = Neuron("a", "http://a:1", key_file=key_file(tmp_path))
+    credentials = credentials_of(neuron)
+    moved = msgspec.structs.replace(neuron, endpoint="http://b:1")
+
+    key_file(tmp_path, "")
+
+    with pytest.raises(ConfigError, match="neuron a: "):
+        credentials.reread([moved])
+    assert credentials.of("http://b:1") is None
+
+
+def test_an_engine_s_broken_file_is_said_to_be_the_engine_s(tmp_path: Path) -> None:
+    engine = Engine("ray", "http://ray:1", key_file=str(tmp_path / "none"))
+
+    with pytest.raises(ConfigError, match=r"^engine ray: cannot read "):
+        credentials_of(engine)
 
 
 def test_a_file_that_cannot_be_read_stops_the_start(tmp_path: Path) -> None:

@@ -24,11 +24,18 @@ TABLE = [
     (errors.MissingModelField, 400, "missing_model_field", 400, "invalid_request_error"),
     (errors.UnsupportedParameter, 400, "unsupported_parameter", 400, "invalid_request_error"),
     (errors.ContextLengthExceeded, 400, "context_length_exceeded", 400, "invalid_request_error"),
+    (
+        errors.PreviousResponseNotFound,
+        *(400, "previous_response_not_found"),
+        *(400, "invalid_request_error"),
+    ),
     (errors.PromptTooLongForMemory, 413, "prompt_too_long_for_memory", 413, "request_too_large"),
     (errors.BodyTooLarge, 413, "body_too_large", 413, "request_too_large"),
     (errors.InvalidApiKey, 401, "invalid_api_key", 401, "authentication_error"),
     (errors.ModelNotAllowed, 403, "model_not_allowed", 403, "permission_error"),
+    (errors.OperatorOnly, 403, "operator_only", 403, "permission_error"),
     (errors.ModelNotFound, 404, "model_not_found", 404, "not_found_error"),
+    (errors.ResponseNotFound, 404, "response_not_found", 404, "not_found_error"),
     (errors.RouteNotFound, 404, "not_found", 404, "not_found_error"),
     (errors.MethodNotAllowed, 405, "method_not_allowed", 405, "invalid_request_error"),
     (errors.RequestTimeout, 408, "request_timeout", 408, "invalid_request_error"),
@@ -37,7 +44,7 @@ TABLE = [
     (errors.UnsupportedEncoding, 415, "unsupported_encoding", 415, "invalid_request_error"),
     (errors.ExpectationFailed, 417, "expectation_failed", 417, "invalid_request_error"),
     (errors.RateLimitExceeded, 429, "rate_limit_exceeded", 429, "rate_limit_error"),
-    (errors.InsufficientQuota, 429, "insufficient_quota", 429, "rate_limit_error"),
+    (errors.InsufficientQuota, 429, "insufficient_quota", 429, "billing_error"),
     (errors.InternalError, 500, "internal_error", 500, "api_error"),
     (errors.NodeFailed, 502, "node_failed", 502, "api_error"),
     (errors.MalformedToolCall, 502, "malformed_tool_call", 502, "api_error"),
@@ -185,6 +192,11 @@ def test_what_a_node_says_is_kept() -> None:
 )
 def test_an_error_frame_of_a_node_gets_the_status_of_its_code(code: str, status: int) -> None:
     assert Relayed.of(None, {"message": "m", "code": code}).status == status
+
+
+@pytest.mark.parametrize("seconds", ["soon", "-1", "1.5", "\N{SUPERSCRIPT TWO}", "9" * 5000])
+def test_when_to_come_back_is_left_out_where_it_is_no_number(seconds: str) -> None:
+    assert Relayed.of(503, {}, seconds).retry_after_seconds is None
 
 
 def test_a_node_that_gives_no_reason_is_forgiven() -> None:

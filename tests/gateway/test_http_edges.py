@@ -9,6 +9,7 @@ import aiohttp
 import orjson
 import pytest
 
+import raw_http
 from cortex.gateway.app import Gateway
 from cortex.gateway.catalogue import Catalogue
 from cortex.ipc.node_api import MAX_BODY_BYTES
@@ -36,7 +37,7 @@ async def asked(
         ("/v1/files", {}, False),
         ("/v1/files", ANTHROPIC, True),
         ("/v1/messages/batches", {}, True),
-        ("/v1/responses", ANTHROPIC, False),
+        ("/v1/responses/resp_1/cancel", ANTHROPIC, False),
         ("/nothing", {}, False),
     ],
 )
@@ -67,19 +68,50 @@ async def test_a_wrong_method_is_told_which_are_right(
     assert (body["type"], body["error"]["code"]) == ("error", "method_not_allowed")
 
 
-async def test_an_upgrade_to_a_web_socket_is_refused_at_once(neuron: FakeNeuron) -> None:
-    async with Gateway(gateway_config(neuron)) as gateway, asyncio.timeout(5):
-        port = int(gateway.url.rpartition(":")[2])
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(
-            b"GET /v1/responses HTTP/1.1\r\nHost: x\r\nConnection: Upgrade\r\n"
-            b"Upgrade: websocket\r\nSec-WebSocket-Version: 13\r\n"
-            b"Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==\r\n\r\n"
-        )
-        head = await reader.readuntil(b"\r\n\r\n")
-        writer.close()
+async def test_what_clients_know_and_cannot_have_is_a_404_with_the_reason(
+    neuron: FakeNeuron, session: aiohttp.ClientSession
+) -> None:
+    async with (
+        Gateway(gateway_config(neuron)) as gateway,
+        session.post(gateway.url + "/v1/responses/compact", json={}) as response,
+    ):
+        body = await response.json()
 
-    assert head.startswith(b"HTTP/1.1 404 ")
+    assert (response.status, response.headers.get("Allow")) == (404, None)
+    assert body["error"]["code"] == "not_found"
+    assert "puts no words of its own into prompts" in body["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "status", "is_anthropic"),
+    [
+        ("/v1/responses", 405, False),
+        (CHAT, 405, False),
+        (MESSAGES, 405, True),
+        ("/v1/realtime", 404, False),
+    ],
+)
+async def test_an_upgrade_to_a_web_socket_is_refused_at_once(
+    *, neuron: FakeNeuron, path: str, status: int, is_anthropic: bool
+) -> None:
+    upgrade = raw_http.head(
+        "GET",
+        path,
+        "Connection: Upgrade",
+        "Upgrade: websocket",
+        "Sec-WebSocket-Version: 13",
+        "Sec-WebSocket-Key: dGhlIHNhbXBsZSBub25jZQ==",
+    )
+    async with (
+        Gateway(gateway_config(neuron)) as gateway,
+        raw_http.wire(int(gateway.url.rpartition(":")[2])) as wire,
+    ):
+        await wire.send(upgrade)
+        refused = await wire.answer()
+
+    assert refused.status == status
+    assert (refused.json.get("type") == "error") == is_anthropic
+    assert ("no WebSocket" in refused.error["message"]) == (status == 405)
 
 
 @pytest.mark.parametrize("path", [CHAT, MESSAGES, COUNT])

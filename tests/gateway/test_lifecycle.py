@@ -1,7 +1,6 @@
 """Loading on demand: once for everybody, with the stream kept alive, and with the true reason."""
 
 import asyncio
-from collections.abc import Sequence
 from typing import Any
 
 import aiohttp
@@ -9,10 +8,10 @@ import msgspec
 import orjson
 import pytest
 
+from cortex.gateway import demands, memory_queue
 from cortex.gateway.app import Gateway
 from cortex.gateway.catalogue import Catalogue, Profile
-from cortex.gateway.fleet import Node
-from cortex.gateway.lifecycle import RunningLoad
+from cortex.gateway.loading import Loading
 from cortex.ipc.errors import Unloadable
 from cortex.ipc.node_api import Servable
 from fakes import QUICK, FakeModel, FakeNeuron, gateway_config, until
@@ -116,9 +115,24 @@ async def test_a_load_that_fails_ends_a_waiting_stream_with_its_reason(
     )
 
 
-async def test_a_load_that_failed_is_tried_again_by_the_next_request(
+async def test_a_load_that_failed_is_not_tried_again_at_once(
     session: aiohttp.ClientSession,
 ) -> None:
+    async with FakeNeuron() as a, Gateway(gateway_config(a), COLD) as gateway:
+        a.fails_load = "no network"
+        before = await ask(session, gateway, ASK)
+        a.fails_load = None
+        after = await ask(session, gateway, ASK)
+
+    assert before[0] == after[0] == 502
+    assert "no network" in after[1]
+    assert len(a.requests(LOAD)) == 1
+
+
+async def test_a_load_that_failed_is_tried_again_after_a_while(
+    session: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demands, "BACK_OFF_SECONDS", 0.0)
     async with FakeNeuron() as a, Gateway(gateway_config(a), COLD) as gateway:
         a.fails_load = "no network"
         before, _ = await ask(session, gateway, ASK)
@@ -126,6 +140,16 @@ async def test_a_load_that_failed_is_tried_again_by_the_next_request(
         after, _ = await ask(session, gateway, ASK)
 
     assert (before, after) == (502, 200)
+
+
+async def test_an_operator_may_try_again_at_once(session: aiohttp.ClientSession) -> None:
+    async with FakeNeuron() as a, Gateway(gateway_config(a), COLD) as gateway:
+        a.fails_load = "no network"
+        await ask(session, gateway, ASK)
+        a.fails_load = None
+        status, _ = await ask(session, gateway, {"model": "m", "wait": True}, "/fleet/models/load")
+
+    assert status == 200
 
 
 async def test_what_the_node_refuses_to_load_is_refused_with_its_numbers(
@@ -215,12 +239,12 @@ async def test_a_model_that_loads_but_cannot_be_served_is_503(
 async def test_a_model_that_does_not_stay_loaded_is_503(
     session: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async def at_once(_: RunningLoad) -> None:
+    async def at_once(*_: object) -> None:
         return
 
     async with FakeNeuron() as a, Gateway(gateway_config(a), COLD) as gateway:
         a.may_load.clear()
-        monkeypatch.setattr(gateway.lifecycle, "_until_loaded", at_once)
+        monkeypatch.setattr(Loading, "follow", at_once)
 
         status, text = await ask(session, gateway, ASK)
 
@@ -236,20 +260,6 @@ async def test_the_node_with_most_free_memory_loads(session: aiohttp.ClientSessi
     assert (len(a.requests(LOAD)), len(b.requests(LOAD))) == (0, 1)
 
 
-async def test_what_the_policy_evicts_is_unloaded_first(session: aiohttp.ClientSession) -> None:
-    class Everything:
-        def victims(self, node: Node, incoming: Profile) -> Sequence[str]:
-            return [model.id for model in node.models if model.id != incoming.node_id]
-
-    async with (
-        FakeNeuron(["old"]) as a,
-        Gateway(gateway_config(a), COLD, Everything()) as gateway,
-    ):
-        await ask(session, gateway, ASK)
-
-    assert [request.path for request in a.received] == ["/models/unload", LOAD, CHAT]
-
-
 async def test_an_operator_loads_a_model_and_waits(session: aiohttp.ClientSession) -> None:
     async with (
         FakeNeuron(name="a") as a,
@@ -259,7 +269,7 @@ async def test_an_operator_loads_a_model_and_waits(session: aiohttp.ClientSessio
         body = {"model": "m", "node": "b", "wait": True}
         status, text = await ask(session, gateway, body, "/fleet/models/load")
 
-    assert (status, orjson.loads(text)) == (200, {"status": "loaded", "node": "b"})
+    assert (status, orjson.loads(text)) == (200, {"status": "loaded", "model": "m", "node": "b"})
     assert (a.requests(LOAD), len(b.requests(LOAD))) == ([], 1)
 
 
@@ -269,7 +279,7 @@ async def test_an_operator_need_not_wait(session: aiohttp.ClientSession) -> None
         first = await ask(session, gateway, {"model": "m"}, "/fleet/models/load")
         again = await ask(session, gateway, {"model": "m"}, "/fleet/models/load")
 
-    assert first == again == (202, '{"status": "loading", "node": "a"}')
+    assert first == again == (202, '{"status":"loading","model":"m","node":null}')
     assert len(a.requests(LOAD)) == 1
 
 
@@ -277,7 +287,7 @@ async def test_what_is_loaded_is_not_loaded_again(session: aiohttp.ClientSession
     async with FakeNeuron(["m"]) as a, Gateway(gateway_config(a), COLD) as gateway:
         answer = await ask(session, gateway, {"model": "m"}, "/fleet/models/load")
 
-    assert (answer, a.requests(LOAD)) == ((200, '{"status": "loaded"}'), [])
+    assert (answer, a.requests(LOAD)) == ((200, '{"status":"loaded","model":"m","node":"a"}'), [])
 
 
 async def test_an_operator_unloads_a_model_everywhere(session: aiohttp.ClientSession) -> None:
@@ -321,13 +331,31 @@ async def test_an_operators_mistake_is_said(
     assert (answered, orjson.loads(text)["error"]["code"]) == (status, code)
 
 
-async def test_a_bug_in_a_load_is_an_internal_error(session: aiohttp.ClientSession) -> None:
-    class Buggy:
-        def victims(self, node: Node, incoming: Profile) -> Sequence[str]:
-            raise ZeroDivisionError(node, incoming)
+async def test_a_bug_in_a_load_is_an_internal_error(
+    session: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def buggy(*_: object) -> None:
+        raise ZeroDivisionError
 
-    async with FakeNeuron() as a, Gateway(gateway_config(a), COLD, Buggy()) as gateway:
+    async with FakeNeuron() as a, Gateway(gateway_config(a), COLD) as gateway:
+        monkeypatch.setattr(Loading, "ask", buggy)
+
         status, text = await ask(session, gateway, ASK)
 
     assert (status, orjson.loads(text)["error"]["code"]) == (500, "internal_error")
     assert a.models == dict[str, FakeModel]()
+
+
+async def test_a_bug_in_a_decision_is_an_internal_error(
+    session: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def buggy(*_: object) -> None:
+        raise ZeroDivisionError
+
+    async with FakeNeuron() as a, Gateway(gateway_config(a), COLD) as gateway:
+        monkeypatch.setattr(memory_queue, "turns", buggy)
+        broken, _ = await ask(session, gateway, ASK)
+        monkeypatch.undo()
+        mended, _ = await ask(session, gateway, ASK)
+
+    assert (broken, mended) == (500, 200)

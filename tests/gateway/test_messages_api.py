@@ -11,7 +11,14 @@ import pytest
 from cortex.gateway.app import Gateway
 from cortex.gateway.catalogue import Catalogue
 from cortex.gateway.config import Anthropic
-from cortex.ipc.errors import ContextLengthExceeded, Overloaded
+from cortex.ipc.errors import (
+    ApiError,
+    ContextLengthExceeded,
+    InsufficientQuota,
+    Overloaded,
+    PromptTooLongForMemory,
+    RateLimitExceeded,
+)
 from fakes import QUICK, FakeNeuron, gateway_config, refusal, until
 
 MESSAGES = "/v1/messages"
@@ -22,6 +29,64 @@ ASK: dict[str, Any] = {
     "messages": [{"role": "user", "content": "hi"}],
 }
 STREAM = {**ASK, "stream": True}
+
+
+TOOLS = [
+    {"name": "Bash", "description": "Runs.", "input_schema": {"type": "object"}},
+    {"name": "Agent", "input_schema": {"type": "object"}, "defer_loading": True},
+    {"name": "Read", "input_schema": {"type": "object"}, "eager_input_streaming": True},
+]
+CLAUDE_CODE: dict[str, Any] = {
+    "model": "qwen3-8b",
+    "stream": True,
+    "max_tokens": 32000,
+    "system": [
+        {"type": "text", "text": "x-anthropic-billing-header: cc_version=2.1; x=136;"},
+        {"type": "text", "text": "You are.", "cache_control": {"type": "ephemeral"}},
+    ],
+    "messages": [
+        {"role": "user", "content": [{"type": "text", "text": "hi"}]},
+        {"role": "system", "content": "Reminder.", "output_config": {"effort": "high"}},
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "thinking", "thinking": "Hm.", "signature": ""},
+                {"type": "tool_use", "id": "t0", "name": "Bash", "input": {"command": "ls"}},
+                {"type": "tool_use", "id": "t1", "name": "ToolSearch", "input": {"query": "a"}},
+            ],
+        },
+        {
+            "role": "user",
+            "content": [
+                {
+                    "type": "tool_result",
+                    "tool_use_id": "t0",
+                    "content": "a b",
+                    "is_error": False,
+                    "cache_control": {"type": "ephemeral"},
+                },
+                {
+                    "type": "tool_result",
+                    "tool_use_id": "t1",
+                    "content": [{"type": "tool_reference", "tool_name": "Agent"}],
+                },
+                {"type": "text", "text": "Go on.", "cache_control": {"type": "ephemeral"}},
+            ],
+        },
+    ],
+    "tools": TOOLS,
+    "metadata": {"user_id": '{"session_id": "s"}'},
+    "thinking": {"type": "adaptive", "display": "omitted"},
+    "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
+    "output_config": {"effort": "medium"},
+    "safeguards": [],
+}
+HEADERS_OF_CLAUDE_CODE = {
+    "anthropic-version": "2023-06-01",
+    "anthropic-beta": "claude-code-20250219,interleaved-thinking-2025-05-14",
+    "x-app": "cli",
+    "X-Claude-Code-Session-Id": "s",
+}
 
 
 async def ask(
@@ -35,37 +100,78 @@ async def ask(
 async def test_what_claude_code_sends_is_answered(
     neuron: FakeNeuron, session: aiohttp.ClientSession
 ) -> None:
-    body = {
-        **STREAM,
-        "max_tokens": 32000,
-        "system": [
-            {"type": "text", "text": "x-anthropic-billing-header: cc_version=2.1; x=136;"},
-            {"type": "text", "text": "You are.", "cache_control": {"type": "ephemeral"}},
-        ],
-        "messages": [
-            {"role": "user", "content": [{"type": "text", "text": "hi"}]},
-            {"role": "system", "content": "Reminder."},
-        ],
-        "tools": [],
-        "metadata": {"user_id": '{"session": "s"}'},
-        "thinking": {"type": "adaptive", "display": "omitted"},
-        "context_management": {"edits": []},
-        "output_config": {"effort": "medium"},
-        "safeguards": [],
-    }
+    session.headers.update(HEADERS_OF_CLAUDE_CODE)
 
     async with Gateway(gateway_config(neuron)) as gateway:
-        status, text = await ask(session, gateway, body, MESSAGES + "?beta=true")
+        status, text = await ask(session, gateway, CLAUDE_CODE, MESSAGES + "?beta=true")
 
     assert (status, text.endswith('event: message_stop\ndata: {"type":"message_stop"}\n\n')) == (
         200,
         True,
     )
-    assert neuron.requests("/v1/chat/completions")[0].body["messages"] == [
-        {"role": "system", "content": "You are."},
-        {"role": "user", "content": "hi"},
-        {"role": "system", "content": "Reminder."},
+    asked = neuron.requests("/v1/chat/completions")[0].body
+    assert [(turn["role"], turn["content"]) for turn in asked["messages"]] == [
+        ("system", "You are."),
+        ("user", "hi"),
+        ("system", "Reminder."),
+        ("assistant", ""),
+        ("tool", "a b"),
+        ("tool", "Agent"),
+        ("user", "Go on."),
     ]
+    assert asked["messages"][3]["reasoning_content"] == "Hm."
+    assert [tool["function"]["name"] for tool in asked["tools"]] == ["Bash", "Read", "Agent"]
+    assert (asked["thinking"], asked["reasoning_effort"]) == ({"type": "adaptive"}, "high")
+
+
+async def test_what_is_counted_is_what_the_answer_is_asked_with(
+    neuron: FakeNeuron, session: aiohttp.ClientSession
+) -> None:
+    async with Gateway(gateway_config(neuron)) as gateway:
+        await ask(session, gateway, CLAUDE_CODE)
+        await ask(session, gateway, CLAUDE_CODE, COUNT)
+
+    before_the_answer, counted = (request.body for request in neuron.requests("/tokenize"))
+    answered = neuron.requests("/v1/chat/completions")[0].body
+    assert before_the_answer == counted
+    assert counted.items() <= answered.items()
+    assert answered.keys() - counted.keys() == {"max_tokens", "stream", "stream_options"}
+
+
+async def test_two_dozen_counts_at_once_are_all_answered(
+    neuron: FakeNeuron, session: aiohttp.ClientSession
+) -> None:
+    async with Gateway(gateway_config(neuron)) as gateway:
+        bodies = [{**ASK, "tools": [tool]} for tool in TOOLS * 8]
+        answers = await asyncio.gather(*(ask(session, gateway, body, COUNT) for body in bodies))
+
+    assert answers == [(200, {"input_tokens": 7})] * 24
+
+
+@pytest.mark.parametrize("version", ["2023-06-01", "2026-10-21", "2031-01-01", None])
+@pytest.mark.parametrize("path", [MESSAGES, COUNT])
+async def test_every_version_is_answered(
+    neuron: FakeNeuron, session: aiohttp.ClientSession, version: str | None, path: str
+) -> None:
+    session.headers.update({"anthropic-version": version} if version else {})
+
+    async with Gateway(gateway_config(neuron)) as gateway:
+        status, _ = await ask(session, gateway, ASK, path)
+
+    assert status == 200
+
+
+@pytest.mark.parametrize("path", [MESSAGES, COUNT])
+async def test_a_version_that_is_no_date_is_refused_in_words(
+    neuron: FakeNeuron, session: aiohttp.ClientSession, path: str
+) -> None:
+    session.headers["anthropic-version"] = "v1"
+
+    async with Gateway(gateway_config(neuron)) as gateway:
+        status, body = await ask(session, gateway, ASK, path)
+
+    assert (status, body["error"]["param"]) == (400, "anthropic-version")
+    assert "'v1' is no version" in body["error"]["message"]
 
 
 async def test_the_billing_block_stays_where_the_operator_wants_it(
@@ -195,16 +301,51 @@ async def test_overloaded_is_529_to_anthropic_clients(
     assert body["error"]["type"] == "overloaded_error"
 
 
+@pytest.mark.parametrize(
+    "refused",
+    [
+        ContextLengthExceeded.of(9000, 8192),
+        PromptTooLongForMemory("no", extras={"prompt_tokens": 9000, "cache_tokens": 8192}),
+    ],
+    ids=str,
+)
 async def test_a_prompt_that_is_too_long_is_said_in_the_known_words(
-    neuron: FakeNeuron, session: aiohttp.ClientSession
+    neuron: FakeNeuron, session: aiohttp.ClientSession, refused: ApiError
 ) -> None:
-    neuron.refuses = ContextLengthExceeded.of(9000, 8192)
+    neuron.refuses = refused
 
     async with Gateway(gateway_config(neuron)) as gateway:
         status, body = await ask(session, gateway, ASK)
 
-    assert (status, body["error"]["type"]) == (400, "invalid_request_error")
+    assert status == refused.status
     assert body["error"]["message"] == "prompt is too long: 9000 tokens > 8192 maximum"
+
+
+@pytest.mark.parametrize(
+    ("refused", "should_retry"),
+    [
+        (Overloaded("full", retry_after_seconds=300), "true"),
+        (RateLimitExceeded("spent", retry_after_seconds=60), "true"),
+        (RateLimitExceeded("spent"), "true"),
+        (RateLimitExceeded("spent", retry_after_seconds=61), "false"),
+        (InsufficientQuota("spent"), "false"),
+        (ContextLengthExceeded.of(2, 1), None),
+    ],
+    ids=str,
+)
+async def test_sdks_are_told_whether_to_sleep_and_try_again(
+    neuron: FakeNeuron,
+    session: aiohttp.ClientSession,
+    refused: ApiError,
+    should_retry: str | None,
+) -> None:
+    neuron.refuses = refused
+
+    async with (
+        Gateway(gateway_config(neuron)) as gateway,
+        session.post(gateway.url + MESSAGES, json=ASK) as response,
+    ):
+        assert response.headers.get("x-should-retry") == should_retry
 
 
 @pytest.mark.parametrize(
@@ -241,7 +382,7 @@ async def test_a_bad_body_is_refused_in_anthropics_envelope(
     async with Gateway(gateway_config(neuron)) as gateway:
         status, body = await ask(session, gateway, {**ASK, "tools": [{}]}, path)
 
-    assert (status, body["type"], body["error"]["param"]) == (400, "error", "tools")
+    assert (status, body["type"], body["error"]["param"]) == (400, "error", "tools.0.name")
     assert neuron.received == []
 
 

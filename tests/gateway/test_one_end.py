@@ -10,6 +10,7 @@ import pytest
 
 from cortex.gateway.app import Gateway
 from cortex.gateway.catalogue import Catalogue, Profile
+from cortex.gateway.config import Budget, Entitlements, Key
 from fakes import FakeNeuron, gateway_config, until
 
 CHAT, MESSAGES = "/v1/chat/completions", "/v1/messages"
@@ -21,13 +22,23 @@ ASK: dict[str, Any] = {
 }
 STREAM = {**ASK, "stream": True}
 CATALOGUE = Catalogue({"cold": Profile("cold")})
+BUDGET = Budget(10**6)
+KEY = Key("sk-of-somebody", "somebody", budget=BUDGET)
 Lines = list[dict[str, Any]]
+
+
+@pytest.fixture
+async def session() -> AsyncIterator[aiohttp.ClientSession]:
+    """One whose requests are counted against a budget."""
+    async with aiohttp.ClientSession(headers={"x-api-key": KEY.key}) as asking:
+        yield asking
 
 
 @pytest.fixture
 async def gateway(neuron: FakeNeuron) -> AsyncIterator[Gateway]:
     """A gateway whose node is up; one model is loaded there, another one could be."""
-    async with Gateway(gateway_config(neuron), CATALOGUE) as serving:
+    config = gateway_config(neuron, entitlements=Entitlements(keys=(KEY,)))
+    async with Gateway(config, CATALOGUE) as serving:
         await serving.poller.first_round()
         yield serving
 
@@ -36,6 +47,8 @@ async def the_end(gateway: Gateway, logged: Lines) -> dict[str, Any]:
     """Return the one line of the one request, once nothing of it is left."""
     await until(lambda: gateway.door.inside == 0)
     assert gateway.fleet.own("a") == {}
+    assert gateway.budgets.told(KEY.id, BUDGET)["reserved_tokens"] == 0
+    assert gateway.budgets.in_flight(KEY.id) == 0
     (line,) = [entry for entry in logged if entry["event"] == "request finished"]
     return line
 

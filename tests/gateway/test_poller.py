@@ -6,8 +6,10 @@ import aiohttp
 import msgspec
 import pytest
 from aiohttp import web
+from structlog.typing import EventDict
 
 from cortex.gateway.app import Gateway
+from cortex.ipc.node_api import DeviceInfo
 from fakes import QUICK, FakeNeuron, gateway_config, until
 
 
@@ -126,3 +128,52 @@ async def test_a_node_in_doubt_is_polled_at_once(neuron: FakeNeuron) -> None:
         await gateway.poller.settled()
 
         assert gateway.fleet.node("a").models == ()
+
+
+async def test_which_devices_a_node_has_is_known_after_the_first_round(neuron: FakeNeuron) -> None:
+    async with Gateway(gateway_config(neuron)) as gateway:
+        await gateway.poller.first_round()
+        discovery = gateway.fleet.node("a").discovery
+
+    assert discovery is not None
+    assert discovery.devices == neuron.devices
+
+
+async def test_a_node_that_cannot_say_what_it_has_serves_all_the_same(
+    neuron: FakeNeuron, logged: list[EventDict]
+) -> None:
+    neuron.devices = None
+
+    async with Gateway(gateway_config(neuron)) as gateway:
+        await gateway.poller.first_round()
+        await gateway.poller.refresh("a")
+        node = gateway.fleet.node("a")
+
+    assert (node.takes_requests, node.failures, node.discovery) == (True, 0, None)
+    assert [line["why"] for line in logged if line["event"] == "node not discovered"] == [
+        "the driver does not answer"
+    ]
+
+
+async def test_what_a_node_has_is_asked_until_it_says_it(neuron: FakeNeuron) -> None:
+    devices, neuron.devices = neuron.devices, None
+
+    async with Gateway(gateway_config(neuron)) as gateway:
+        await gateway.poller.first_round()
+        neuron.devices = devices
+        await until(lambda: gateway.fleet.node("a").discovery is not None)
+
+
+@pytest.mark.parametrize(("uptime_seconds", "is_asked"), [(0.5, True), (2.0, False)])
+async def test_a_node_that_was_restarted_is_asked_again_what_it_has(
+    neuron: FakeNeuron, uptime_seconds: float, is_asked: bool
+) -> None:
+    async with Gateway(gateway_config(neuron)) as gateway:
+        await gateway.poller.first_round()
+        neuron.devices = [DeviceInfo(0, "cuda:0", 24576)]
+        neuron.uptime_seconds = uptime_seconds
+        await gateway.poller.refresh("a")
+        discovery = gateway.fleet.node("a").discovery
+
+    assert discovery is not None
+    assert (discovery.devices == neuron.devices) == is_asked

@@ -18,14 +18,15 @@ SOURCE = f"file:{PATH}"
 CATALOGUE = Catalogue({"house": Profile("house", source=SOURCE)}, {"nick": "house"})
 NAMES = pytest.mark.parametrize("name", ["house", "nick"])
 CHAT, TEXT, MESSAGES = "/v1/chat/completions", "/v1/completions", "/v1/messages"
-COUNT = "/v1/messages/count_tokens"
+COUNT, RESPONSES = "/v1/messages/count_tokens", "/v1/responses"
 
 
 async def ask(
     session: aiohttp.ClientSession, neuron: FakeNeuron, path: str, name: str, **more: Any
 ) -> tuple[int, str]:
     turn = {"role": "user", "content": "hi"}
-    body = {"model": name, "max_tokens": 5, "messages": [turn], **more}
+    asked = {"input": [turn]} if path == RESPONSES else {"max_tokens": 5, "messages": [turn]}
+    body = {"model": name, **asked, **more}
     async with (
         Gateway(gateway_config(neuron), CATALOGUE) as gateway,
         session.post(gateway.url + path, json=body) as response,
@@ -73,7 +74,7 @@ async def test_a_refusal_of_a_node_names_no_path(
     assert (error["kind"], error["at"]) == ("x", ["nick"])
 
 
-@pytest.mark.parametrize("path", [CHAT, MESSAGES])
+@pytest.mark.parametrize("path", [CHAT, MESSAGES, RESPONSES])
 async def test_a_failure_in_mid_stream_names_no_path(
     session: aiohttp.ClientSession, path: str
 ) -> None:

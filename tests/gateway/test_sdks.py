@@ -21,6 +21,7 @@ TURN: dict[str, Any] = {
     "max_tokens": 9,
     "messages": [{"role": "user", "content": "hi"}],
 }
+LIMITED = {**TURN, "max_tokens": 2}
 
 
 @asynccontextmanager
@@ -151,7 +152,7 @@ async def test_anthropic_messages_in_a_stream(neuron: FakeNeuron) -> None:
     neuron.keep_alives = 2
     neuron.finish_reason = "length"
 
-    async with anthropic_client(neuron) as client, client.messages.stream(**TURN) as stream:
+    async with anthropic_client(neuron) as client, client.messages.stream(**LIMITED) as stream:
         text = "".join([piece async for piece in stream.text_stream])
         message = await stream.get_final_message()
 

@@ -1,5 +1,7 @@
 """Events, cut from bytes."""
 
+import tracemalloc
+
 import pytest
 
 from cortex.gateway import sse
@@ -15,6 +17,16 @@ def test_an_event_in_pieces_comes_out_whole() -> None:
 
 def test_carriage_returns_do_not_matter() -> None:
     assert sse.EventSplitter().feed(b"data: 1\r\n\r\n") == [b"data: 1"]
+
+
+def test_carriage_returns_do_not_matter_where_a_piece_ends_between_them_and_the_newline() -> None:
+    splitter = sse.EventSplitter()
+
+    assert [splitter.feed(piece) for piece in (b"data: 1\r", b"\n\r", b"\n")] == [
+        [],
+        [],
+        [b"data: 1"],
+    ]
 
 
 @pytest.mark.parametrize("event", [b": comment", b"data: [DONE]", b"data: {broken", b""])
@@ -37,3 +49,16 @@ def test_a_comment_stays_on_its_line() -> None:
 
 def test_an_event_may_have_a_name() -> None:
     assert sse.event({"a": 1}, "ping") == b'event: ping\ndata: {"a":1}\n\n'
+
+
+def test_more_of_a_large_event_costs_no_copy_of_what_has_come() -> None:
+    splitter, megabytes = sse.EventSplitter(), 8
+    splitter.feed(b"data: " + b"x" * megabytes * 2**20)
+    splitter.feed(b"x")
+
+    tracemalloc.start()
+    splitter.feed(b"x")
+    _, peak_bytes = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+
+    assert peak_bytes < 2**20

@@ -1,14 +1,12 @@
-"""``cortex status`` and ``cortex chat`` against a gateway."""
+"""The client of ``cortex status``, ``cortex chat`` and the others, against a gateway."""
 
 import asyncio
-import io
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
 import pytest
 from aiohttp import web
-from rich.console import Console
 
 from cortex.gateway import cli
 from cortex.gateway.app import Gateway
@@ -18,7 +16,6 @@ from cortex.gateway.terminal import (
     GatewayClient,
     LoadLines,
     Unreachable,
-    print_fleet,
     progress_words,
 )
 from cortex.ipc.errors import Overloaded, RouteNotFound
@@ -115,64 +112,6 @@ async def test_a_key_goes_along(neuron: FakeNeuron) -> None:
             await GatewayClient(gateway.url, None).get("/version", "package_version")
 
 
-async def test_the_fleet_is_shown_as_tables() -> None:
-    async with FakeNeuron(["qwen3-8b"], "a") as a, FakeNeuron(name="b") as b:
-        await b.stop()
-        async with Gateway(gateway_config(a, b)) as gateway:
-            await gateway.poller.first_round()
-            client = GatewayClient(gateway.url, None)
-            health = await client.get("/health", "nodes")
-            fleet = await client.get("/fleet", "nodes")
-
-    text = shown(health, fleet, width=120)
-
-    for words in ("impaired: 1 of 2 nodes up", "qwen3-8b", "cpu:0", "loaded", "1000"):
-        assert words in text
-    assert text.endswith("\nb: cannot be reached (connection refused)\n")
-
-
-def shown(health: dict[str, Any], fleet: dict[str, Any], width: int) -> str:
-    file = io.StringIO()
-    print_fleet(Console(file=file, width=width), health, fleet)
-    return file.getvalue()
-
-
-def a_fleet(model: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return what /health and /fleet say of one node with *model*."""
-    node = {"name": "a", "healthy": True, "draining": False, "error": None, "load": []}
-    health = {"status": "ok", "nodes": {"healthy": 1, "total": 1}}
-    return health, {"nodes": [{**node, "devices": [], "models": [model]}]}
-
-
-def test_a_long_id_is_shown_whole_on_a_narrow_terminal() -> None:
-    name = "file:/srv/models[1]/" + "x" * 100 + ".gguf"
-    model = {"id": name, "status": "loaded", "servable": {"ok": True}}
-
-    text = shown(*a_fleet(model), width=80)
-
-    column = [line.split("│")[1].strip() for line in text.splitlines() if line.startswith("│")]
-    assert name in "".join(column)
-    assert max(map(len, text.splitlines())) <= 80
-
-
-@pytest.mark.parametrize(
-    ("model", "trouble"),
-    [
-        ({"status": "failed", "failure": "no such file"}, "m on a: no such file"),
-        ({"status": "loaded", "servable": {"ok": False, "reason": "low_memory"}}, "low_memory"),
-        ({"status": "loaded", "servable": {"ok": False, "detail": "3 MB"}}, "m on a: 3 MB"),
-        ({"status": "recovering", "servable": {"ok": False, "reason": "recovering"}}, None),
-    ],
-)
-def test_what_is_wrong_with_a_model_is_said_once(
-    model: dict[str, Any], trouble: str | None
-) -> None:
-    text = shown(*a_fleet({"id": "m", "servable": {"ok": True}, **model}), width=80)
-
-    last = text.splitlines()[-1]
-    assert last.endswith(trouble) if trouble else last.startswith("└")
-
-
 MB = 2**20
 
 
@@ -195,13 +134,6 @@ MB = 2**20
 )
 def test_progress_is_said_as_far_as_it_is_known(progress: Progress, words: str) -> None:
     assert progress_words(progress) == words
-
-
-def test_a_model_on_its_way_shows_how_far_it_is() -> None:
-    progress = {"phase": "downloading", "bytes_done": 38 * MB, "bytes_total": 94 * MB}
-    model = {"id": "m", "status": "loading", "servable": {"ok": True}, "progress": progress}
-
-    assert "downloading 40 %, 38 of 94 MB" in shown(*a_fleet(model), width=120)
 
 
 def test_a_load_is_told_by_its_phases_and_every_five_seconds() -> None:

@@ -15,8 +15,10 @@ import pytest
 from cortex.gateway import up as module
 from cortex.gateway.app import CannotListen
 from cortex.gateway.catalogue import BUILT_IN
+from cortex.gateway.config import State
 from cortex.gateway.serving import INTERRUPTED, StopSignals, serve
 from cortex.gateway.up import NeuronProcess, Plan, up
+from cortex.gateway.written import Written
 from cortex.ipc.settings import ConfigError
 from fakes import FakeNeuron, gateway_config, until
 
@@ -222,26 +224,44 @@ def test_it_does_not_import_the_runtime() -> None:
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
-async def test_serve_ends_with_a_signal(neuron: FakeNeuron) -> None:
+def written_for(neuron: FakeNeuron, folder: Path) -> Callable[[], Written]:
+    """Return what reads a configuration for *neuron* that keeps its state in *folder*."""
+    config = gateway_config(neuron, state=State(str(folder)))
+    return lambda: Written(config, BUILT_IN)
+
+
+async def test_serve_ends_with_a_signal(neuron: FakeNeuron, tmp_path: Path) -> None:
     ready = asyncio.Event()
     async with asyncio.TaskGroup() as group:
-        serving = serve(gateway_config(neuron), BUILT_IN, lambda _: ready.set())
+        serving = serve(written_for(neuron, tmp_path), lambda _: ready.set())
         status = group.create_task(serving)
         group.create_task(when(ready.is_set, signal.SIGTERM))
 
     assert status.result() == 0
 
 
-async def test_a_daemon_that_cannot_reload_says_so_and_serves_on(
-    neuron: FakeNeuron, logged: list[dict[str, Any]]
+async def test_a_daemon_keeps_its_state_where_it_is_told(
+    neuron: FakeNeuron, tmp_path: Path
+) -> None:
+    ready = asyncio.Event()
+    async with asyncio.TaskGroup() as group:
+        serving = serve(written_for(neuron, tmp_path), lambda _: ready.set())
+        group.create_task(serving)
+        group.create_task(when(ready.is_set, signal.SIGTERM))
+
+    assert (tmp_path / "cortex.db").exists()
+
+
+async def test_a_daemon_reads_its_files_again_at_sighup_and_serves_on(
+    neuron: FakeNeuron, tmp_path: Path, logged: list[dict[str, Any]]
 ) -> None:
     ready = asyncio.Event()
 
     def is_said() -> bool:
-        return any(entry["event"] == "configuration not reloaded" for entry in logged)
+        return any(entry["event"] == "configuration reloaded" for entry in logged)
 
     async with asyncio.TaskGroup() as group:
-        serving = serve(gateway_config(neuron), BUILT_IN, lambda _: ready.set())
+        serving = serve(written_for(neuron, tmp_path), lambda _: ready.set())
         status = group.create_task(serving)
         group.create_task(when(ready.is_set, signal.SIGHUP))
         group.create_task(when(is_said, signal.SIGTERM))
@@ -277,10 +297,10 @@ async def test_a_daemon_hears_sighup_under_nohup() -> None:
     assert not signals.asked.is_set()
 
 
-async def test_serve_is_cut_short_by_a_second_signal(neuron: FakeNeuron) -> None:
+async def test_serve_is_cut_short_by_a_second_signal(neuron: FakeNeuron, tmp_path: Path) -> None:
     ready = asyncio.Event()
     async with asyncio.TaskGroup() as group:
-        serving = serve(gateway_config(neuron), BUILT_IN, lambda _: ready.set())
+        serving = serve(written_for(neuron, tmp_path), lambda _: ready.set())
         status = group.create_task(serving)
         group.create_task(when(ready.is_set, signal.SIGTERM, signal.SIGTERM))
 

@@ -2,16 +2,29 @@
 
 import errno
 import socket
+import sys
 
 import aiohttp
 import pytest
 from aiohttp.client_reqrep import ConnectionKey
 
 from cortex.gateway.fleet import Node
-from cortex.gateway.upstream import node_errors
+from cortex.gateway.upstream import GONE_SECONDS, _watchful_socket, node_errors
 from cortex.ipc.errors import ApiError, NodeFailed
 
 NODE = Node("a", "http://a")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="the options are Linux's")
+def test_a_host_that_is_cut_off_is_found_out_while_a_request_waits_for_its_answer() -> None:
+    address = (socket.AF_INET, socket.SOCK_STREAM, 0, "", ("127.0.0.1", 1))
+
+    with _watchful_socket(address) as made:
+        option = made.getsockopt
+
+        assert option(socket.SOL_SOCKET, socket.SO_KEEPALIVE) == 1
+        assert option(socket.IPPROTO_TCP, socket.TCP_KEEPIDLE) < GONE_SECONDS
+        assert option(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT) == GONE_SECONDS * 1000
 
 
 @pytest.mark.parametrize(

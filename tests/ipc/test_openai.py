@@ -1,5 +1,7 @@
 """Requests are read strictly: what is accepted is honoured, what is not is named."""
 
+from typing import Any
+
 import msgspec
 import pytest
 
@@ -13,7 +15,7 @@ from cortex.ipc.errors import (
 from cortex.ipc.openai_answers import ChatCompletionChunk
 from cortex.ipc.tools import FunctionCall, ToolCall
 
-HELLO = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
+HELLO: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
 
 
 def chat(**more: object) -> openai.ChatCompletionRequest:
@@ -98,7 +100,7 @@ def test_a_parameter_without_effect_is_accepted(name: str) -> None:
         ("top_p", 1.5),
         ("top_k", 1.5),
         ("seed", 2**64),
-        ("max_tokens", 0),
+        ("max_tokens", -1),
         ("stop", 5),
         ("stream", "yes"),
         ("messages", []),
@@ -334,15 +336,23 @@ def test_a_usage_chunk_comes_only_when_asked() -> None:
 
 
 @pytest.mark.parametrize(
-    ("prompt", "read_as"), [("text", "text"), ([1, 2], [1, 2]), (["text"], "text"), ([], [])]
+    ("prompt", "read_as"),
+    [
+        ("text", ["text"]),
+        ([1, 2], [[1, 2]]),
+        (["text"], ["text"]),
+        (["a", "b"], ["a", "b"]),
+        ([[1, 2], [3]], [[1, 2], [3]]),
+        ([], [[]]),
+    ],
 )
 def test_a_prompt_is_text_or_token_ids(prompt: object, read_as: object) -> None:
     body = msgspec.json.encode({"model": "m", "prompt": prompt})
 
-    assert openai.decode_request(body, openai.CompletionRequest).prompt == read_as
+    assert openai.decode_request(body, openai.CompletionRequest).prompts == read_as
 
 
-@pytest.mark.parametrize("prompt", [["a", "b"], [-1], [2**31], [[1]], None, 5, [1, "a"]])
+@pytest.mark.parametrize("prompt", [[-1], [2**31], None, 5, [1, "a"], [[1], 2], ["a", [1]]])
 def test_any_other_prompt_is_refused(prompt: object) -> None:
     body = msgspec.json.encode({"model": "m", "prompt": prompt})
 
@@ -409,3 +419,80 @@ def test_tokens_are_counted_of_messages_or_of_a_prompt() -> None:
             openai.decode_request(
                 msgspec.json.encode({"model": "m", **body}), openai.TokenizeRequest
             )
+
+
+def test_several_prompts_have_as_many_choices_each() -> None:
+    asked = text(prompt=["a", "b", "c"], n=2, best_of=2)
+
+    assert (asked.prompts, asked.choices) == (["a", "b", "c"], 6)
+
+
+def test_more_answers_than_there_can_be_are_refused() -> None:
+    with pytest.raises(InvalidRequest, match="at most 128") as refused:
+        text(prompt=["a"] * 65, n=2)
+
+    assert refused.value.param == "prompt"
+
+
+def test_an_echo_beside_a_suffix_is_refused() -> None:
+    with pytest.raises(UnsupportedParameter) as refused:
+        text(suffix="b", echo=True)
+
+    assert refused.value.param == "echo"
+    assert text(suffix="", echo=True).echo
+
+
+SAID = {"role": "assistant", "content": "Par"}
+OPEN = {"continue_final_message": True}
+
+
+def tokenized(**more: object) -> openai.TokenizeRequest:
+    body = msgspec.json.encode({**HELLO, **more})
+    return openai.decode_request(body, openai.TokenizeRequest)
+
+
+@pytest.mark.parametrize("ask", [chat, tokenized])
+@pytest.mark.parametrize(
+    ("more", "asks_for_turn"),
+    [
+        ({}, True),
+        ({"add_generation_prompt": True, "continue_final_message": False}, True),
+        ({"add_generation_prompt": False}, False),
+        ({"add_generation_prompt": False, **OPEN}, False),
+        (OPEN, False),
+    ],
+)
+def test_a_conversation_ends_as_it_says(ask: Any, more: Any, asks_for_turn: bool) -> None:
+    asked = ask(messages=[*HELLO["messages"], SAID], **more)
+
+    assert asked.asks_for_turn == asks_for_turn
+
+
+@pytest.mark.parametrize("ask", [chat, tokenized])
+@pytest.mark.parametrize(
+    ("last", "more", "param"),
+    [
+        (SAID, {"add_generation_prompt": True}, "continue_final_message"),
+        ({"role": "user", "content": "x"}, {}, "messages[1].role"),
+        (
+            {**SAID, "tool_calls": [{"id": "c", "function": {"name": "f", "arguments": "{}"}}]},
+            {},
+            "messages[1].tool_calls",
+        ),
+    ],
+)
+def test_a_turn_that_cannot_be_continued_is_named(
+    ask: Any, last: Any, more: Any, param: str
+) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        ask(messages=[*HELLO["messages"], last], **OPEN, **more)
+
+    assert refused.value.param == param
+
+
+def test_a_text_has_no_turn_to_continue() -> None:
+    body = msgspec.json.encode({"model": "m", "prompt": "x", **OPEN})
+
+    with pytest.raises(InvalidRequest) as refused:
+        openai.decode_request(body, openai.TokenizeRequest)
+    assert refused.value.param == "continue_final_message"

@@ -13,14 +13,14 @@ from cortex.ipc.errors import InvalidRequest
 from cortex.ipc.settings import ConfigError
 from cortex.runtime.access import Access, priority_of
 from cortex.runtime.config import AuthConfig, NeuronConfig, TlsConfig
-from cortex.runtime.route_table import ROUTES
+from cortex.runtime.route_table import NEURON
 from fake_node import FakeNode, FakeText, posting, says, serving
 from fakes import until
 
 MODEL = "m"
 KEYS = "first-key\nsecond-key\n"
 CHAT = {"model": MODEL, "messages": [{"role": "user", "content": "Hello"}]}
-PATHS = [(route.method, route.shown_path.format(id=MODEL, index=0)) for route in ROUTES]
+PATHS = [(route.method, route.shown_path.format(id=MODEL, index=0)) for route in NEURON.routes]
 
 
 def guarded(folder: Path, text: str = KEYS) -> NeuronConfig:

@@ -13,12 +13,12 @@ import msgspec
 import pytest
 
 from at_rest import MODEL, asked, attacked
-from cortex.runtime.openapi import document
-from cortex.runtime.route_table import ROUTES
+from cortex.ipc.openapi import document
+from cortex.runtime.route_table import NEURON
 from fake_node import FakeNode
 from raw_http import post, wire
 
-SAID = msgspec.json.decode(document(ROUTES, "1"))
+SAID = msgspec.json.decode(document(NEURON, "1"))
 SHAPES = {
     path: item["post"]["requestBody"]["content"]["application/json"]["schema"]["$ref"]
     for path, item in SAID["paths"].items()
@@ -26,6 +26,7 @@ SHAPES = {
 }
 USUAL: dict[str, dict[str, Any]] = {
     "/models/load": {"model_id": MODEL},
+    "/models/estimate": {"model_id": MODEL},
     "/models/unload": {"model_id": MODEL},
     "/models/clear_prefix_cache": {"model_id": MODEL},
     "/devices/{index}/restart": {},

@@ -11,6 +11,7 @@ from aiohttp.test_utils import TestClient
 from blockbuster import blockbuster_ctx
 from structlog.testing import capture_logs
 
+from completion_calls import CHAT, HELLO, TEXT, asked, chat, events, streamed, text
 from cortex.ipc.errors import NodeFailed
 from cortex.ipc.node_api import EMBEDDED_MODEL, LoadRequest, SamplingDefaults
 from cortex.ipc.ring import Flag
@@ -29,45 +30,11 @@ from fake_node import (
 )
 from fakes import until
 
-CHAT = "/v1/chat/completions"
-TEXT = "/v1/completions"
-HELLO = [{"role": "user", "content": "Hello"}]
-
 
 @pytest.fixture(autouse=True)
 def _nothing_blocks_the_loop() -> Iterator[None]:
     with blockbuster_ctx("cortex.runtime"):
         yield
-
-
-def chat(**more: Any) -> dict[str, Any]:
-    """Return a chat request."""
-    return {"model": "m", "messages": HELLO, **more}
-
-
-def text(**more: Any) -> dict[str, Any]:
-    """Return a text completion request."""
-    return {"model": "m", "prompt": "Hello", **more}
-
-
-async def asked(node: FakeNode, path: str, body: Any, **options: Any) -> tuple[int, Any]:
-    """Return status and JSON body of one POST."""
-    async with posting(node, path, body, **options) as response:
-        return response.status, await response.json()
-
-
-async def streamed(node: FakeNode, path: str, body: Any, **headers: str) -> list[str]:
-    """Return the frames of one stream."""
-    async with posting(node, path, body | {"stream": True}, headers) as response:
-        assert response.status == 200, await response.text()
-        assert response.content_type == "text/event-stream"
-        return (await response.text()).split("\n\n")[:-1]
-
-
-def events(frames: list[str]) -> list[Any]:
-    """Return the JSON of the data frames, [DONE] left out."""
-    data = [f.removeprefix("data: ") for f in frames if f.startswith("data: ")]
-    return [msgspec.json.decode(d) for d in data if d != "[DONE]"]
 
 
 async def frames_of(response: aiohttp.ClientResponse) -> AsyncIterator[str]:
@@ -83,7 +50,12 @@ async def test_a_chat_completion_is_openais_object() -> None:
     assert status == 200
     assert (body["object"], body["model"]) == ("chat.completion", "m")
     choice = body["choices"][0]
-    assert choice["message"] == {"role": "assistant", "content": "Paris.", "refusal": None}
+    assert choice["message"] == {
+        "role": "assistant",
+        "content": "Paris.",
+        "refusal": None,
+        "annotations": [],
+    }
     assert (choice["finish_reason"], choice["logprobs"]) == ("stop", None)
 
 
@@ -642,3 +614,132 @@ async def test_the_tokens_of_a_step_are_one_chunk_with_the_same_text(body: dict[
     assert said(together) == ["".join(said(singly))]
     assert together[-1]["choices"][0]["finish_reason"] == "stop"
     assert len(said(singly)) > 1
+
+
+# several prompts
+
+
+@pytest.mark.parametrize("prompts", [["One", "Two more"], [[5, 6, 7], [8]]])
+async def test_each_of_several_prompts_is_answered(prompts: list[Any]) -> None:
+    node = FakeNode("m")
+    node.scripts = [[[found(n)], *says(said)] for n, said in enumerate("abcd")]
+
+    _, body = await asked(node, TEXT, text(prompt=prompts, n=2, seed=3, max_tokens=9))
+
+    assert [(c["index"], c["text"]) for c in body["choices"]] == list(enumerate("abcd"))
+    given = [prompt for _, prompt, _ in node.asked]
+    assert given[0] == given[1] != given[2] == given[3]
+    assert [sampling.seed for _, _, sampling in node.asked] == [3, 4, 3, 4]
+    usage = body["usage"]
+    assert usage["prompt_tokens"] == len(given[0]) + len(given[2])
+    assert usage["prompt_tokens_details"]["cached_tokens"] == 0 + 2, "of the first to each"
+
+
+async def test_several_prompts_stream_side_by_side() -> None:
+    node = FakeNode("m")
+    node.scripts = [says("Paris."), says("Rome.")]
+
+    chunks = events(await streamed(node, TEXT, text(prompt=["One", "Two"])))
+
+    said = {0: "", 1: ""}
+    for chunk in chunks:
+        said[chunk["choices"][0]["index"]] += chunk["choices"][0]["text"]
+    assert said == {0: "Paris.", 1: "Rome."}
+
+
+async def test_one_prompt_too_long_refuses_all() -> None:
+    node = FakeNode("m")
+
+    status, body = await asked(node, TEXT, text(prompt=["One", "x " * 600]))
+
+    assert (status, body["error"]["code"]) == (400, "context_length_exceeded")
+    assert node.asked == []
+
+
+async def test_an_empty_prompt_among_others_is_named() -> None:
+    _, body = await asked(FakeNode("m"), TEXT, text(prompt=["One", ""]))
+
+    assert body["error"]["param"] == "prompt[1]"
+
+
+async def test_prompts_for_which_there_will_never_be_seats_are_refused() -> None:
+    status, body = await asked(FakeNode("m"), TEXT, text(prompt=["One"] * 9))
+
+    assert (status, body["error"]["seats"]) == (400, 8)
+
+
+# how long an answer may be
+
+
+@pytest.mark.parametrize("path", [CHAT, TEXT])
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_of_no_tokens_the_answer_is_empty(path: str, is_stream: bool) -> None:
+    node = FakeNode("m")
+    node.script = [[found(16), record(0, Flag.LENGTH)]]
+    body = (chat if path == CHAT else text)(max_tokens=0)
+
+    if is_stream:
+        options = {"stream_options": {"include_usage": True}}
+        chunks = events(await streamed(node, path, body | options))
+        choice, usage = chunks[-2]["choices"][0], chunks[-1]["usage"]
+        assert not any(c["choices"][0].get("text") for c in chunks[:-1])
+        assert not any(c["choices"][0].get("delta", {}).get("content") for c in chunks[:-1])
+    else:
+        _, answer = await asked(node, path, body)
+        choice, usage = answer["choices"][0], answer["usage"]
+        assert "" in (choice.get("text"), choice.get("message", {}).get("content"))
+
+    assert (choice["finish_reason"], choice.get("stop_reason")) == ("length", None)
+    assert usage["completion_tokens"] == 0
+    assert usage["prompt_tokens_details"] == {"cached_tokens": 16}
+    assert node.asked[0][2].max_tokens == 0
+
+
+@pytest.mark.parametrize("limit", [{}, {"max_tokens": 32_000}, {"max_completion_tokens": 32_000}])
+@pytest.mark.parametrize("is_stream", [False, True])
+async def test_an_answer_that_fills_the_context_says_so(
+    limit: dict[str, int], is_stream: bool
+) -> None:
+    node = FakeNode("m")
+    node.script = says("Par", finish=Flag.LENGTH)
+
+    if is_stream:
+        choice = events(await streamed(node, CHAT, chat(**limit)))[-1]["choices"][0]
+    else:
+        choice = (await asked(node, CHAT, chat(**limit)))[1]["choices"][0]
+
+    assert (choice["finish_reason"], choice["stop_reason"]) == ("length", "context_length")
+    _, prompt, sampling = node.asked[0]
+    assert sampling.max_tokens == 512 - len(prompt), "all that there is room for"
+
+
+async def test_an_answer_of_as_many_tokens_as_were_asked_for_does_not() -> None:
+    node = FakeNode("m")
+    node.script = says("Par", finish=Flag.LENGTH)
+    room = 512 - len(await prompt_of(node))
+
+    _, body = await asked(node, CHAT, chat(max_tokens=room))
+
+    assert "stop_reason" not in body["choices"][0]
+
+
+async def prompt_of(node: FakeNode) -> list[int]:
+    """Return the tokens of the usual chat."""
+    await asked(node, CHAT, chat())
+    return node.asked.pop()[1]
+
+
+# what cannot be read
+
+
+@pytest.mark.parametrize("kind", ["image_url", "input_text", "input_image", "file", "input_audio"])
+async def test_a_part_that_is_no_text_is_refused_by_its_name(kind: str) -> None:
+    parts = [{"type": "text", "text": "What is this?"}, {"type": kind, kind: {}}]
+
+    status, body = await asked(
+        FakeNode("m"), CHAT, chat(messages=[*HELLO, {"role": "user", "content": parts}])
+    )
+
+    assert (status, body["error"]["code"]) == (400, "unsupported_parameter")
+    assert body["error"]["param"] == "messages[1].content[1].type"
+    assert repr(kind) in body["error"]["message"]

@@ -127,7 +127,7 @@ async def test_two_apps_do_not_count_together() -> None:
 
 
 @pytest.mark.parametrize(
-    "more", [{"max_tokens": 0}, {"response_format": {"type": "xml"}}, {"model": 3}]
+    "more", [{"max_tokens": -1}, {"response_format": {"type": "xml"}}, {"model": 3}]
 )
 async def test_what_is_refused_before_its_model_is_known_is_counted(more: dict[str, Any]) -> None:
     body = {"model": "m", "messages": [{"role": "user", "content": "Hello"}], **more}

@@ -10,11 +10,11 @@ from aiohttp import web
 
 from cortex.ipc import errors
 from cortex.ipc.openai import PARAMETERS
-from cortex.runtime.openapi import Route, document
-from cortex.runtime.route_table import ROUTES
+from cortex.ipc.openapi import Interface, Route, document
+from cortex.runtime.route_table import NEURON
 from fake_node import BUILD, FakeNode, application, serving
 
-SAID: dict[str, Any] = msgspec.json.decode(document(ROUTES, "1"))
+SAID: dict[str, Any] = msgspec.json.decode(document(NEURON, "1"))
 OPERATIONS = [
     (method, path, item[method])
     for path, item in SAID["paths"].items()
@@ -69,7 +69,7 @@ async def test_it_is_served_from_memory_with_the_version_of_the_build() -> None:
 
         assert response.headers["Content-Type"] == "application/json"
 
-    assert body == document(ROUTES, BUILD.package_version)
+    assert body == document(NEURON, BUILD.package_version)
     assert json.loads(body)["info"]["version"] == BUILD.package_version
 
 
@@ -80,7 +80,7 @@ def test_two_routes_of_one_path_share_it() -> None:
 
     routes = [Route(m, r"/a/{index:\d{1,4}}", handler, {200: dict}) for m in ("GET", "POST")]
 
-    paths = msgspec.json.decode(document(routes, "1"))["paths"]
+    paths = msgspec.json.decode(document(Interface("x", "y", routes), "1"))["paths"]
 
     assert paths["/a/{index}"].keys() == {"parameters", "get", "post"}
 

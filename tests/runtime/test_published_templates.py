@@ -204,7 +204,7 @@ class FrozenClock(datetime):
 
 def reference(template: ChatTemplate, turns: list[Any], tools: list[Any], **arguments: Any) -> str:
     """The prompt that transformers makes of *turns*."""
-    options: dict[str, Any] = {**SPECIALS, **arguments, "add_generation_prompt": True}
+    options: dict[str, Any] = {**SPECIALS, "add_generation_prompt": True, **arguments}
     if not tools and template.expressible.no_tools is not None:
         options["tools"] = []
     if tools:
@@ -239,6 +239,33 @@ def test_prompts_equal_the_references(name: str, monkeypatch: pytest.MonkeyPatch
     if template.expressible.calls:
         assert rendered >= {"offered", "called", "waiting"}
         assert ("parallel" in rendered) == (template.expressible.calls.text is not None)
+
+
+BEGUN = ("7 °C", " 7 °C, ", "7 °C,\n\n", "<think>\nIt asks", "It </think>7")
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_turns_are_left_open_where_the_reference_leaves_them(
+    name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if columns_of(name)[0] == "refused":
+        return
+    monkeypatch.setattr(chat_template_utils, "datetime", FrozenClock)
+    template = template_of(name)
+    left_open = {"continue_final_message": True, "add_generation_prompt": False}
+
+    for begun in BEGUN:
+        messages = [SYSTEM, ASK, ChatMessage("assistant", begun)]
+        try:
+            expected = reference(template, template._given(turns_of(messages)), [], **left_open)
+        except ValueError:
+            with pytest.raises(InvalidRequest) as refused:
+                template.render(messages, continues_last=True, add_generation_prompt=False)
+            assert refused.value.param == "messages[2]"
+            continue
+        prompt = template.render(messages, continues_last=True, add_generation_prompt=False)
+        assert prompt == expected
+        assert prompt.rstrip().endswith(begun.strip())
 
 
 @pytest.mark.parametrize("name", PUBLISHED)

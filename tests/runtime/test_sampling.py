@@ -131,3 +131,37 @@ def test_choices_without_a_seed_differ_too() -> None:
 
     assert of_choice(first, 1).seed != first.seed
     assert resolved(asked()).seed != first.seed
+
+
+@pytest.mark.parametrize("name", ["max_tokens", "max_completion_tokens"])
+def test_of_no_tokens_nothing_is_chosen(name: str) -> None:
+    request = asked(**{name: 0, "logprobs": True, "logit_bias": {"5": 1}})
+
+    assert resolved(request, grammar="x") == SamplingParams(0.0, max_tokens=0, seed=0)
+
+
+def completion(**more: Any) -> CompletionRequest:
+    body = {"model": "m", "prompt": "hi", **more}
+    return decode_request(msgspec.json.encode(body), CompletionRequest)
+
+
+@pytest.mark.parametrize(
+    ("more", "expected"),
+    [
+        ({"echo": True, "logprobs": 2}, 2),
+        ({"echo": True, "logprobs": 2, "max_tokens": 0}, 2),
+        ({"echo": True}, None),
+        ({"logprobs": 2}, None),
+    ],
+)
+def test_a_prompt_is_scored_where_it_is_echoed_with_log_probabilities(
+    more: dict[str, Any], expected: int | None
+) -> None:
+    assert resolved(completion(**more)).prompt_logprobs == expected
+
+
+def test_a_prompt_has_ends_of_its_own_unless_ends_are_ignored() -> None:
+    stops = resolved(completion(stop_token_ids=[7]), end_ids=(5, 6)).stop_token_ids
+
+    assert stops[-3:] == (5, 6, 7)
+    assert resolved(completion(ignore_eos=True), end_ids=(5, 6)).stop_token_ids == ()

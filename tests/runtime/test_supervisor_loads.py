@@ -224,11 +224,12 @@ async def test_what_the_device_refuses_has_failed_with_its_code(neuron: Neuron) 
     await neuron.reaches(A, State.LOADING)
     await eventually(lambda: neuron.lives.now().received, "LoadModel")
     life = neuron.lives.now()
-    life.refuses(life.last(LoadModel), "insufficient_memory", "no room")
+    life.refuses(life.last(LoadModel), "insufficient_memory", "no room", kv_bytes=5)
 
     with pytest.raises(Unloadable) as refused:
         await neuron.supervisor.loaded(A)
     assert (refused.value.kind, str(refused.value)) == ("insufficient_memory", "no room")
+    assert refused.value.extras["kv_bytes"] == 5
 
 
 async def test_a_bug_in_a_load_is_that_models_failure_only(neuron: Neuron) -> None:

@@ -66,3 +66,32 @@ async def test_a_call_goes_out_and_its_result_comes_back() -> None:
         "<|im_start|>assistant\n<think>\n"
     )
     assert last.choices[0].message.content == "Two."
+
+
+async def test_a_conversation_with_calls_goes_on_without_tools() -> None:
+    node = FakeNode("m")
+    node.models["m"].text = text_side(CHATML)
+    node.models["m"].limits = Limits(2048, 8, 4096)
+    call = {"id": "c", "function": {"name": "add", "arguments": '{"a": 1}'}}
+    messages = [
+        {"role": "developer", "content": "Be brief."},
+        {"role": "user", "content": "1+1?"},
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c", "content": "2"},
+        {"role": "system", "content": "In words."},
+        {"role": "user", "content": "So?"},
+    ]
+    node.script = says('<tool_call>{"name": "add", "arguments": {}}</tool_call>')
+
+    body = {"model": "m", "messages": messages, "tools": [ADD], "tool_choice": "none"}
+    async with serving(node) as client, client.post("/v1/chat/completions", json=body) as response:
+        answer = await response.json()
+
+    assert response.status == 200, answer
+    said = answer["choices"][0]["message"]
+    assert "tool_calls" not in said, "what looks like a call is text where none may come"
+    assert said["content"].startswith("<tool_call>")
+    prompt = prompt_of(node)
+    assert "<tools>" not in prompt
+    assert [prompt.index(w) for w in ("Be brief.", '"name": "add"', "2\n</tool_response>")]
+    assert prompt.index("In words.") < prompt.index("So?")

@@ -71,7 +71,7 @@ class Asking:
     def turn(self) -> Turn:
         """Return a new turn."""
         prompt = ChatPrompt([1], reader if self.is_chat else PlainReader)
-        answers = answers_of(self.asked, tiny_text(), prompt)
+        answers = answers_of(self.asked, tiny_text(), prompt, room_tokens=512)
         clock, record = itertools.count().__next__, RequestRecord("r", arrived=0.0)
         return Turn(self.asked, answers, self.traffic, record, clock, reasons=True)
 
@@ -110,7 +110,7 @@ def plain(said: Chunk) -> dict[str, Any]:
 
 
 def empty_message() -> dict[str, Any]:
-    return {"role": "assistant", "content": None, "refusal": None}
+    return {"role": "assistant", "content": None, "refusal": None, "annotations": []}
 
 
 def add(choice: dict[str, Any], chunk: dict[str, Any]) -> None:

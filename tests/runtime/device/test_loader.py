@@ -124,6 +124,7 @@ def test_weights_beyond_what_is_free_are_refused_before_they_are_read(
 
     assert failed.code == "insufficient_memory"
     assert failed.detail == "the weights take 1024.0 MiB, the device has 16.0 MiB free"
+    assert failed.numbers == {"weights_bytes": 2**30, "memory_bytes": 2**24}
 
 
 def test_a_model_without_room_for_a_context_is_refused_and_holds_nothing(
@@ -131,7 +132,11 @@ def test_a_model_without_room_for_a_context_is_refused_and_holds_nothing(
 ) -> None:
     memory.total_bytes = 5000
 
-    assert failure(loader, LoadModel(1, "m", "/m")).code == "insufficient_memory"
+    failed = failure(loader, LoadModel(1, "m", "/m"))
+
+    assert failed.code == "insufficient_memory"
+    assert (failed.numbers["weights_bytes"], failed.numbers["memory_bytes"]) == (1000, 5000)
+    assert failed.numbers["kv_bytes"] > 0
     assert memory.held == {}
 
 

@@ -130,6 +130,9 @@ def test_a_cache_of_more_bytes_than_are_free_is_refused_with_the_numbers() -> No
         settle(load(kv_cache_bytes=2**20), needs(), 2**19)
 
     assert refused.value.code == "insufficient_memory"
+    numbers = refused.value.numbers
+    assert numbers["kv_bytes"] <= 2**20 < numbers["kv_bytes"] + numbers["workspace_bytes"] + 2**19
+    assert numbers["memory_bytes"] == 2**19 + numbers["weights_bytes"]
 
 
 @pytest.mark.parametrize("limit", ["max_context_tokens", "max_sequences", "kv_cache_bytes"])

@@ -6,7 +6,7 @@ table says, and what a sequence is about to be continued from has to be all ther
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from hypothesis import settings
 from hypothesis import strategies as st
@@ -23,7 +23,7 @@ from cortex.ipc.ring import Flag
 from cortex.models.checkpoints.pooling import Pooling
 from cortex.runtime.device.block_pool import BlockPool, block_key
 from cortex.runtime.device.drafts import Costs
-from cortex.runtime.device.scheduler import Scheduler
+from cortex.runtime.device.scheduler import SCORED_ROWS, Scheduler
 from cortex.runtime.device.sequence import NO_ANSWER, UNKNOWN, Sequence
 from cortex.runtime.device.step_plan import PlannedSequence, StepPlan
 
@@ -53,6 +53,7 @@ class Asked:
     sequence: Sequence
     prompt: list[int]
     is_healthy: bool
+    scored: list[int] = field(default_factory=list)
 
 
 class SchedulerMachine(RuleBasedStateMachine):
@@ -94,16 +95,24 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(
         parts=st.lists(st.integers(0, 1), min_size=1, max_size=17),
         cut=st.integers(0, BLOCK_TOKENS - 1),
-        max_tokens=st.integers(1, 20) | st.just(CONTEXT_TOKENS),
+        max_tokens=st.integers(0, 20) | st.just(CONTEXT_TOKENS),
         priority=st.sampled_from([0, 0, 0, 1, -1]),
         is_healthy=st.integers(0, 9).map(bool),
+        prompt_logprobs=st.sampled_from([None, None, 0]),
     )
     def generate(
-        self, *, parts: list[int], cut: int, max_tokens: int, priority: int, is_healthy: bool
+        self,
+        *,
+        parts: list[int],
+        cut: int,
+        max_tokens: int,
+        priority: int,
+        is_healthy: bool,
+        prompt_logprobs: int | None,
     ) -> None:
         prompt = [part for part in parts for _ in range(BLOCK_TOKENS)][cut:]
         prompt = prompt[: self.scheduler.limit_tokens - 1]
-        sampling = SamplingParams(0.0, max_tokens, 0)
+        sampling = SamplingParams(0.0, max_tokens, 0, prompt_logprobs=prompt_logprobs)
         self._add(Sequence(self.numbers, list(prompt), sampling, priority=priority), is_healthy)
 
     @rule(tokens=st.integers(1, 60), pooling=st.sampled_from(["last", "mean"]))
@@ -196,6 +205,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         joined = [sequence for sequence in scheduler.running if sequence not in before]
         planned = {p.sequence_id for p in plan.sequences}
         assert plan.tokens <= scheduler.token_budget
+        assert sum(len(p.scored) for p in plan.sequences) <= SCORED_ROWS
+        assert all(p.token_ids for p in plan.sequences)
         assert streams - {s.id for s in preempted} <= planned, "a stream goes on in every step"
         assert all(s.rank < p.rank for s in stayed for p in preempted), "the last goes back"
         assert all(s.rank < w.rank for s in joined for w in scheduler.waiting), "the first joins"
@@ -253,6 +264,16 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     def _tell(self, planned: PlannedSequence, asked: Asked) -> None:
         sequence = asked.sequence
+        asked.scored += planned.scored
+        if not planned.samples:
+            return
+        is_scored = sequence.sampling.prompt_logprobs is not None
+        assert asked.scored == (asked.prompt[1:] if is_scored else []), "each token, once"
+        if not sequence.sampling.max_tokens:
+            assert sequence.tokens == asked.prompt
+            self.scheduler.end(sequence.id)
+            del self.open[sequence.id]
+            return
         for draft in [*planned.drafted, None]:
             token = next_token(sequence.tokens)
             flags = self.scheduler.append(sequence.id, token, is_computed=token == draft)
