@@ -68,6 +68,10 @@ def anthropic_page(found: list[ModelEntry], query: Mapping[str, str]) -> dict[st
     limit = query.get("limit", str(max(len(found), 1)))
     if not _LIMIT.fullmatch(limit):
         raise InvalidRequest("limit must be a number from 1 on", param="limit")
+    ids = {entry.id for entry in found}
+    for name in ("after_id", "before_id"):
+        if (said := query.get(name)) and said not in ids:
+            raise InvalidRequest(f"{name}: there is no model {said!r} in the list", param=name)
     left = [entry for entry in found if entry.id > query.get("after_id", "")]
     if before := query.get("before_id"):
         left = [entry for entry in left if entry.id < before]

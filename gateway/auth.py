@@ -1,7 +1,8 @@
 """Who a request comes from.
 
 A key comes as ``Authorization: Bearer`` or ``x-api-key``. Where keys are optional, a missing or
-unknown one is nobody's: clients send placeholders. Where they are required it is a 401.
+unknown one is nobody's: clients send placeholders, and web pages of elsewhere are kept out
+(``ipc/web_pages.py``). Where they are required it is a 401.
 """
 
 from __future__ import annotations
@@ -14,10 +15,12 @@ from aiohttp import web
 from aiohttp.typedefs import Handler, Middleware
 
 from cortex.gateway.catalogue import Catalogue
-from cortex.gateway.config import Budget, Key
+from cortex.gateway.config import Budget, Key, Listening
 from cortex.gateway.written import Written
 from cortex.ipc.errors import InvalidApiKey, ModelNotAllowed
 from cortex.ipc.keys import digest, keys_in
+from cortex.ipc.settings import is_loopback, split_address
+from cortex.ipc.web_pages import OpenDaemon, asked_by, check_not_foreign
 
 PUBLIC = frozenset(
     {
@@ -84,10 +87,21 @@ def principal_of(request: web.Request) -> Principal:
     return request[_KEY]
 
 
+def as_open(listening: Listening) -> OpenDaemon:
+    """Return what web pages find where no key is required."""
+    return OpenDaemon(
+        is_loopback(split_address(listening.listen)[0]),
+        listening.allowed_hosts,
+        changing=("/fleet/",),
+        remedy="set require_auth and a key in [entitlements]",
+    )
+
+
 def authenticating(written: Written) -> Middleware:
     """Return the middleware that finds out who it is, and where keys are due lets no others in."""
     entitlements = written.config.entitlements
     keys = Keys(entitlements.keys)
+    unguarded = as_open(written.config.gateway)
 
     @web.middleware
     async def authenticate(request: web.Request, handler: Handler) -> web.StreamResponse:
@@ -95,6 +109,8 @@ def authenticating(written: Written) -> Middleware:
         if entitlements is not written.config.entitlements:
             entitlements = written.config.entitlements
             keys = Keys(entitlements.keys)
+        if not entitlements.require_auth:
+            check_not_foreign(asked_by(request), unguarded)
         principal = keys.principal(keys_in(request.headers))
         is_public = (request.method, request.path) in PUBLIC
         if principal is None and entitlements.require_auth and not is_public:

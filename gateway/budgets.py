@@ -2,7 +2,8 @@
 
     reserve   before any node is asked: the prompt's estimate and all that the answer may have, or
               where the client has not limited it what it usually has and what is left at most
-    settle    at the end: what it has really cost; nothing where nothing was computed
+    settle    at the end: what it has really cost, or an estimate where its client left before the
+              node could say (``usage.py``); nothing where nothing was computed
 
 Tokens that are reserved count as spent, so that requests side by side cannot exceed a budget
 together. They can exceed it by what an estimate was too small: where a client sets no limit to its

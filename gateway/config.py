@@ -8,17 +8,21 @@ sentence, before a socket opens.
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, ClassVar, Literal
 from urllib.parse import urlsplit
 
+import structlog
 from msgspec import Meta
 
 from cortex.ipc.keys import AbsolutePath
 from cortex.ipc.node_api import GATEWAY_PORT, METRICS_PORT
-from cortex.ipc.settings import Address, ConfigError, Origin, Settings, Table
+from cortex.ipc.settings import Address, ConfigError, HostName, Origin, Settings, Table
 from cortex.ipc.toml_lines import Keys
+
+log = structlog.get_logger()
 
 DEFAULT_PATH = Path("/etc/cortex/cortex.toml")
 PREFIX = "CORTEX_"
@@ -58,10 +62,12 @@ Count = Annotated[int, Meta(ge=1)]
 
 
 class Listening(Table, frozen=True):
-    """``[gateway]``: where we listen, as HOST:PORT."""
+    """``[gateway]``: where we listen, as HOST:PORT, and under which names."""
 
     listen: Address = f"127.0.0.1:{GATEWAY_PORT}"
     metrics_listen: Address = f"127.0.0.1:{METRICS_PORT}"
+    allowed_hosts: tuple[HostName, ...] = ()
+    """Names of this gateway besides localhost, and of hosts whose web pages may use it."""
 
 
 class Neuron(Table, frozen=True):
@@ -232,7 +238,14 @@ def load_config(
     """
     config, origin = SETTINGS.read(path, DEFAULT_PATH, environment)
     _refuse_what_types_cannot(config, origin)
+    if origin.file and config.entitlements.keys:
+        _warn_of_readers(origin.file.path)
     return config, origin.file.path if origin.file else None
+
+
+def _warn_of_readers(path: Path) -> None:
+    if path.stat().st_mode & stat.S_IROTH:
+        log.warning("anybody on this host can read the keys", file=str(path), mend="chmod 640")
 
 
 def _refuse_what_types_cannot(config: GatewayConfig, origin: Origin) -> None:

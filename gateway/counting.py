@@ -6,21 +6,60 @@ serve it are asked first, then every other one that is up, but for engines (``en
 
 from __future__ import annotations
 
+from typing import Protocol
+
+from aiohttp import web
+
+from cortex.gateway.auth import principal_of
 from cortex.gateway.catalogue import Target
-from cortex.gateway.dialects.messages import MessagesCall
 from cortex.gateway.engine_tokens import count_tokens_at
 from cortex.gateway.fleet import FleetSnapshot
+from cortex.gateway.renaming import Renaming
+from cortex.gateway.request_id import id_of
 from cortex.gateway.routing import in_words, replicas
+from cortex.gateway.services import SERVICES
 from cortex.gateway.upstream import NodeClient
 from cortex.ipc.errors import ApiError, ModelNotFound, Recovering
 from cortex.ipc.node_api import HEADER_REQUEST_ID
+
+
+class Counted(Protocol):
+    """A call whose prompt can be counted."""
+
+    @property
+    def model(self) -> str:
+        """The model, as the client named it."""
+
+    def refusal(self, error: ApiError) -> ApiError:
+        """Return *error* of a node as the client would say it."""
+
+    def count_body(self, node_id: str) -> bytes:
+        """Return the request that counts, for a node that calls the model *node_id*."""
+
+
+async def tokens_asked(request: web.Request, call: Counted) -> int:
+    """Return the tokens of the prompt in *call*, if who sent *request* may use its model.
+
+    Raise ApiError.
+    """
+    services = request.app[SERVICES]
+    target = services.written.catalogue.target(call.model)
+    principal_of(request).check_may_use(target.id, services.written.catalogue)
+    await services.poller.first_round()
+    with Renaming(target.node_id, call.model).errors():
+        try:
+            return await count_tokens(
+                services.fleet.snapshot(), services.client, target, call, id_of(request)
+            )
+        except ApiError as error:
+            raise call.refusal(error) from error
 
 
 async def count_tokens(
     snapshot: FleetSnapshot,
     client: NodeClient,
     target: Target,
-    call: MessagesCall,
+    call: Counted,
     request_id: str,
 ) -> int:
     """Return the tokens of the prompt in *call*; raise ModelNotFound where no node can tell."""

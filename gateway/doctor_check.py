@@ -23,6 +23,9 @@ from cortex.gateway.doctor_wire import Wire
 Outcome = Literal["pass", "fail", "not possible", "not tried"]
 
 
+CONTEXT_UNKNOWN = "the context of the model is not known"
+
+
 class Wrong(Exception):
     """What came is not what the client needs; the text says why."""
 
@@ -74,6 +77,27 @@ class Finding(msgspec.Struct, frozen=True):
     def is_bad(self) -> bool:
         """Whether the client cannot be used for it."""
         return self.outcome == "fail" or (self.needed and self.outcome == "not possible")
+
+
+def room_for(own_tokens: int, needed_tokens: int) -> Check:
+    """Return whether the context holds *needed_tokens*: a prompt of its own, and room to work in.
+
+    That prompt, with a short question, has about *own_tokens*.
+    """
+
+    async def fits(wire: Wire, subject: Subject) -> str:
+        del wire
+        context = subject.context_tokens
+        if context is None:
+            raise NotTried(CONTEXT_UNKNOWN)
+        if context < needed_tokens:
+            raise NotPossible(
+                f"the context is {context} tokens: its own prompt has about {own_tokens}, and with "
+                f"room to work in it needs {needed_tokens}"
+            )
+        return f"{context} tokens"
+
+    return Check("context", fits)
 
 
 def need(condition: object, words: str) -> None:

@@ -8,7 +8,16 @@ from typing import Any
 
 import orjson
 
-from cortex.gateway.doctor_check import Check, NotPossible, NotTried, Subject, Wrong, need
+from cortex.gateway.doctor_check import (
+    CONTEXT_UNKNOWN,
+    Check,
+    NotPossible,
+    NotTried,
+    Subject,
+    Wrong,
+    need,
+    room_for,
+)
 from cortex.gateway.doctor_checks_anthropic import (
     COUNT,
     MESSAGES,
@@ -37,6 +46,8 @@ LONG_TOKENS = 1000
 """What takes a CPU seconds, when nobody has computed it before."""
 LARGEST_CONTEXT = 40_000
 """A prompt beyond a larger context would be megabytes."""
+OWN_TOKENS, NEEDED_TOKENS = 12_500, 16_384
+"""Of its own prompt, with its tools (2.1.329, measured); of the context that it can work in."""
 TOO_LONG = re.compile(r"prompt is too long: \d+ tokens > \d+ maximum")
 
 
@@ -166,7 +177,7 @@ async def is_told_to_compact(wire: Wire, subject: Subject) -> str:
     """A prompt beyond the context, refused in the words that it compacts at."""
     context = subject.context_tokens
     if context is None:
-        raise NotTried("the context of the model is not known")
+        raise NotTried(CONTEXT_UNKNOWN)
     if context > LARGEST_CONTEXT:
         raise NotTried(f"the context of {context} tokens is large")
     reply = await sent(wire, asked(subject, about="word " * (context + 100), stream=False))
@@ -177,6 +188,7 @@ async def is_told_to_compact(wire: Wire, subject: Subject) -> str:
 
 
 CHECKS = (
+    room_for(OWN_TOKENS, NEEDED_TOKENS),
     Check("greeting", is_greeted),
     Check("models", lists_models),
     Check("model discovery", discovers, is_needed=False),

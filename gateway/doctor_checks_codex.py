@@ -6,12 +6,14 @@ from typing import Any
 
 import orjson
 
-from cortex.gateway.doctor_check import Check, Subject, need
+from cortex.gateway.doctor_check import Check, Subject, need, room_for
 from cortex.gateway.doctor_checks_openai import FUNCTION
 from cortex.gateway.doctor_streams import accepted, response_of, shaped
 from cortex.gateway.doctor_wire import Json, Wire
 
 RESPONSES = "/v1/responses"
+OWN_TOKENS, NEEDED_TOKENS = 9200, 12_288
+"""Of its own prompt, with its tools (0.169.0, measured); of the context that it can work in."""
 SESSION = {"session-id": "doctor", "thread-id": "doctor", "originator": "codex_exec"}
 SHELL: Json = {"type": "function", **FUNCTION, "strict": False}
 TOOLS: list[Json] = [
@@ -95,6 +97,7 @@ async def refuses_websockets(wire: Wire, subject: Subject) -> str:
 
 
 CHECKS = (
+    room_for(OWN_TOKENS, NEEDED_TOKENS),
     Check("models, with client_version", lists_models),
     Check("responses stream with its tools", streams),
     Check("function_call, and its output", calls_a_tool),

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from cortex.gateway.doctor_check import Check, Subject, need
+from cortex.gateway.doctor_check import Check, Subject, need, room_for
 from cortex.gateway.doctor_checks_openai import CHAT, TOOL, asked, calls_a_tool, lists_models
 from cortex.gateway.doctor_streams import accepted, refuse_error
 from cortex.gateway.doctor_wire import Reply, Wire
 
 SESSION = {"x-session-affinity": "ses_doctor", "x-session-id": "ses_doctor"}
+OWN_TOKENS, NEEDED_TOKENS = 7800, 12_288
+"""Of its own prompt, with its tools (1.18.33, measured); of the context that it can work in."""
 LIMIT_TOKENS = 32_000
 ENOUGH_EVENTS = 12
 """Then it hangs up, as a user does who presses Escape: nobody waits for 32,000 tokens here."""
@@ -44,6 +46,7 @@ def has_enough(reply: Reply) -> bool:
 
 
 CHECKS = (
+    room_for(OWN_TOKENS, NEEDED_TOKENS),
     Check("models", lists_models),
     Check("stream with max_tokens 32000, cancelled", streams),
     Check("session in x-session-affinity", names_the_session),

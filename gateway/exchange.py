@@ -47,6 +47,7 @@ class Exchange:
 
     async def end_with(self, error: ApiError) -> web.StreamResponse:
         """Answer with *error*, or end the stream with its frame where the status is spent."""
+        error = self.call.refusal(error)
         if self.client.response is None:
             answer = error_response(self.call.dialect, error, self.request_id)
             if self.replica:

@@ -251,9 +251,13 @@ class Fleet:
         if seconds is not None:
             self._stay_seconds[place] = seconds
 
+    def now(self) -> float:
+        """Return the time as snapshots tell it."""
+        return self._clock()
+
     def snapshot(self) -> FleetSnapshot:
         """Return what we know now."""
-        now = self._clock()
+        now = self.now()
         return FleetSnapshot(
             nodes=tuple(self._shown(node, now) for node in self._nodes.values()),
             own=dict(self._own),

@@ -16,7 +16,7 @@ from collections.abc import Set as AbstractSet
 
 from cortex.gateway.affinity import Session
 from cortex.gateway.background import Background
-from cortex.gateway.catalogue import Target
+from cortex.gateway.catalogue import Profile, Target
 from cortex.gateway.demands import Demand, Heartbeat, in_silence
 from cortex.gateway.dry_run import view_of
 from cortex.gateway.fleet import Fleet, Node
@@ -93,7 +93,7 @@ class Lifecycle:
         *patience_seconds*.
         """
         await self._poller.first_round()
-        since = self._fleet.snapshot().now
+        since = self._fleet.now()
         until = _deadline(patience_seconds)
         reason = None
         has_looked_again = False
@@ -142,7 +142,8 @@ class Lifecycle:
     ) -> Demand | None:
         """Return the load of *target*, to *node* if given; None where it is loaded already.
 
-        A load that runs already is returned, wherever it goes. Raise what no waiting changes.
+        A load that runs already is returned, wherever it goes. Raise what is certain without asking
+        a node what the model needs.
         """
         snapshot = self._fleet.snapshot()
         if target.node_id in self._queue.demands:
@@ -150,7 +151,7 @@ class Lifecycle:
         where = [node.name] if node else [known.name for known in snapshot.nodes]
         if any(known.name in where for known in replicas(snapshot, target.node_id)):
             return None
-        incoming = self._incoming(target, node.name if node else None)
+        incoming = Incoming(target, _profile_of(target), only=node.name if node else None)
         found = candidates(snapshot, incoming, self._queue.rules(), self._queue.claims)
         if all(candidate.fits in ("away", "never") for candidate in found):
             raise refusal(incoming, found)
@@ -163,15 +164,17 @@ class Lifecycle:
     ) -> list[str]:
         """Unload *target* wherever it is, or from *node*; return the names of those nodes.
 
-        *reason* is for the metric: asked, idle or drained.
+        *reason* is for the metric: asked, idle or drained. What is asked for takes back a load too
+        that waits for its turn.
         """
+        was_waiting = reason == "asked" and self._queue.take_back(target.node_id, node)
         holding = [
             known
             for known in self._fleet.snapshot().nodes
             if known.status_of(target.node_id) and node in (None, known.name)
             if not known.is_engine
         ]
-        if not holding:
+        if not (holding or was_waiting):
             raise ModelNotFound(f"no node has {target.id!r}", param="model")
         for known in holding:
             await self._loading.unload(known, target.node_id, force=force, reason=reason)
@@ -183,22 +186,19 @@ class Lifecycle:
         Nothing is done. Raise ModelNotFound for what is not in the catalogue.
         """
         await self._poller.first_round()
-        known = self._incoming(target, None)
-        wanted = Incoming(target, known.profile)
-        asked = await self._needs.of(self._fleet.snapshot().nodes, wanted)
-        snapshot = self._fleet.snapshot()
-        incoming = Incoming(target, known.profile, {**known.needs, **asked}, snapshot.now)
-        found = candidates(snapshot, incoming, self._queue.rules(), self._queue.claims)
-        return view_of(incoming, found)
-
-    def _incoming(self, target: Target, only: str | None) -> Incoming:
-        """Return *target* with what is known of it; raise ModelNotFound without a profile."""
-        profile = target.profile
-        if profile is None:
-            raise ModelNotFound(f"{target.id!r} is not in the catalogue", param="model")
+        profile = _profile_of(target)
         nodes = self._fleet.snapshot().nodes
-        needs = {node.name: self._needs.known(node, profile) for node in nodes}
-        return Incoming(target, profile, needs, only=only)
+        known = {node.name: self._needs.known(node, profile) for node in nodes}
+        asked = await self._needs.of(nodes, Incoming(target, profile))
+        snapshot = self._fleet.snapshot()
+        incoming = Incoming(target, profile, known | asked, snapshot.now)
+        found = candidates(snapshot, incoming, self._queue.rules(), self._queue.claims)
+        there = [node.name for node in replicas(snapshot, target.node_id)]
+        return view_of(incoming, found, there)
+
+    def least_mb(self, node: Node, profile: Profile) -> int | None:
+        """Return the least the model can live with on *node*, where the node has said it."""
+        return self._needs.least_mb(node, profile)
 
     def _measure(self, name: str) -> None:
         catalogue = self._written.catalogue
@@ -206,6 +206,12 @@ class Lifecycle:
             self._fleet.node(name),
             lambda model: catalogue.profiles.get(catalogue.public_id(model)),
         )
+
+
+def _profile_of(target: Target) -> Profile:
+    if target.profile is None:
+        raise ModelNotFound(f"{target.id!r} is not in the catalogue", param="model")
+    return target.profile
 
 
 def _deadline(patience_seconds: float | None) -> float | None:

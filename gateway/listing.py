@@ -38,11 +38,15 @@ UNSERVABLE = "unservable"
 
 @dataclass(frozen=True)
 class Listing:
-    """The list of one moment; *last_known* is asked by names on nodes."""
+    """The list of one moment; *last_known* is asked by names on nodes.
+
+    *least_mb* tells the least that a model needs on a node, where the node has said it.
+    """
 
     snapshot: FleetSnapshot
     catalogue: Catalogue
     last_known: Callable[[str], Known | None]
+    least_mb: Callable[[Node, Profile], int | None]
 
     def entries(self, is_allowed: Callable[[str], bool]) -> list[ModelEntry]:
         """Return one entry a name, sorted; *is_allowed* judges resolved ids."""
@@ -70,9 +74,12 @@ class Listing:
         target = self.catalogue.target(model)
         states = {node.name: state for node in self._up if (state := _state(node, target.node_id))}
         feasible = {name for name, state in states.items() if state != "failed"}
-        if target.profile:
-            profile = target.profile
-            feasible |= {node.name for node in self.snapshot.nodes if could_hold(node, profile)}
+        if profile := target.profile:
+            feasible |= {
+                node.name
+                for node in self.snapshot.nodes
+                if could_hold(node, profile, self.least_mb(node, profile))
+            }
         if not feasible:
             return None
         live = Known.of(info for node in self._up if (info := node.model(target.node_id)))

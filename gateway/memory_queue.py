@@ -33,7 +33,7 @@ from cortex.gateway.rounds import Rounds
 from cortex.gateway.routing import NOBODY, replicas
 from cortex.gateway.upstream import Unreachable
 from cortex.gateway.written import Written
-from cortex.ipc.errors import ApiError, InternalError, Overloaded
+from cortex.ipc.errors import ApiError, Conflict, InternalError, Overloaded
 
 MAX_ATTEMPTS = 8
 """How often a demand is placed before what its last load failed with is the answer."""
@@ -122,6 +122,21 @@ class MemoryQueue:
         demand.is_asked |= is_asked
         demand.may_evict |= may_evict
         return demand
+
+    def take_back(self, node_id: str, node: str | None) -> bool:
+        """End the demand for *node_id* that waits for its turn; return whether there was one.
+
+        With *node* only one that may go nowhere else.
+        """
+        demand = self.demands.get(node_id)
+        if demand is None or demand.is_under_way or node not in (None, demand.only):
+            return False
+        error = Conflict(f"the load of {demand.target.id!r} was taken back by an operator")
+        # So that a client that tries again at once does not bring it back.
+        self._failures.note(node_id, error, self._fleet.snapshot().now)
+        self._end(demand, error)
+        self._rounds.wake()
+        return True
 
     def follow(self, target: Target, node: Node, since: float) -> Demand:
         """Return a demand for a load that somebody else has started on *node*."""
@@ -297,6 +312,7 @@ class MemoryQueue:
         match what_now(error, demand.needs.get(name, Need()), has_room=is_room_left):
             case Need() as learned:
                 demand.needs[name], demand.setback = learned, None
+                self._needs.note(self._fleet.node(name), demand.incoming().profile, learned)
             case "elsewhere":
                 demand.excluded.add(name)
             case "answer":

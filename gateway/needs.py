@@ -5,7 +5,8 @@
     profile     ``vram_mb``
     unknown     the node says when it is asked to load: ``learnt`` from its refusal
 
-The least a model can live with is only ever the node's to say.
+The least a model can live with is only ever the node's to say; it is kept for who asks which nodes
+could hold the model.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ import msgspec
 
 from cortex.gateway.catalogue import Profile
 from cortex.gateway.errors import Relayed
-from cortex.gateway.fleet import Node
+from cortex.gateway.fleet import Node, Place
 from cortex.gateway.footprints import Footprints
 from cortex.gateway.placement import Incoming, Need
 from cortex.gateway.upstream import NodeClient
 from cortex.ipc.errors import ApiError
-from cortex.ipc.node_api import LoadEstimate
+from cortex.ipc.node_api import Discovery, LoadEstimate
 
 NO_MEMORY = "insufficient_memory"
 
@@ -33,11 +34,30 @@ class Needs:
     def __init__(self, client: NodeClient, footprints: Footprints) -> None:
         self._client = client
         self._footprints = footprints
+        self._least: dict[Place, tuple[Profile, Discovery | None, int]] = {}
 
     def known(self, node: Node, profile: Profile) -> Need:
         """Return what is known without asking the node."""
+        return need_of(self._measured_mb(node, profile), LoadEstimate(), profile)
+
+    def least_mb(self, node: Node, profile: Profile) -> int | None:
+        """Return the least the model can live with, as *node* has said of these very devices."""
+        of, on, mb = self._least.get((node.name, profile.node_id), (None, None, None))
+        return mb if (of, on) == (profile, node.discovery) else None
+
+    def note(self, node: Node, profile: Profile, need: Need) -> None:
+        """Remember what *node* has said."""
+        if need.least_mb is not None:
+            place = node.name, profile.node_id
+            self._least[place] = profile, node.discovery, need.least_mb
+
+    def _measured_mb(self, node: Node, profile: Profile) -> int | None:
+        """Return what it has held; never more than such devices have, for it was on them."""
         measured = self._footprints.of(node, profile.node_id, profile)
-        return need_of(measured, LoadEstimate(), profile)
+        if measured is None or node.discovery is None:
+            return measured
+        largest = max((device.vram_total_mb for device in node.discovery.devices), default=0)
+        return min(measured, profile.device_count * largest)
 
     async def of(self, nodes: Iterable[Node], incoming: Incoming) -> dict[str, Need]:
         """Return what the model takes on those of *nodes* that may get it and are not asked yet."""
@@ -50,10 +70,12 @@ class Needs:
             if not profile.pinned_on or node.name in profile.pinned_on
         ]
         found = await asyncio.gather(*(self._of(node, profile) for node in asked))
+        for node, need in zip(asked, found, strict=True):
+            self.note(node, profile, need)
         return {node.name: need for node, need in zip(asked, found, strict=True)}
 
     async def _of(self, node: Node, profile: Profile) -> Need:
-        measured = self._footprints.of(node, profile.node_id, profile)
+        measured = self._measured_mb(node, profile)
         try:
             estimate = await self._estimate(node, profile)
         except Relayed as error:
@@ -78,7 +100,8 @@ def need_of(measured_mb: int | None, estimate: LoadEstimate, profile: Profile) -
     least = estimate.least_mb
     if estimate.is_measured and estimate.wanted_mb is not None:
         # Ours may be of a time when there was no room for all of its KV cache.
-        return Need(max(estimate.wanted_mb, least or 0), "measured", least)
+        wanted = max(estimate.wanted_mb, least or 0)
+        return Need(wanted, "measured", least, least_source="measured")
     if measured_mb is not None:
         return Need(max(measured_mb, least or 0), "measured", least)
     if estimate.wanted_mb is not None or least is not None:

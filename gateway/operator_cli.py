@@ -6,7 +6,7 @@ puts them beside the others and has the exit codes.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from datetime import date
 from typing import Annotated
 from urllib.parse import quote, urlencode
@@ -124,7 +124,8 @@ def unload(
 ) -> None:
     """Unload a model, or stop its load.
 
-    A model that answers a request stays, unless --force.
+    A model that answers a request stays, unless --force. A load that waits for its turn is taken
+    back: who waits for it is told.
 
     \b
       cortex unload qwen3-8b
@@ -135,7 +136,7 @@ def unload(
     if json:
         print_json(done)
     else:
-        _print_places(model, done.nodes, done.status)
+        _print_places(model, done.nodes or [None], done.status)
 
 
 def pin(
@@ -273,7 +274,7 @@ def _aside(line: str) -> None:
     typer.echo(line, err=True)
 
 
-def _print_places(model: str, nodes: list[str] | list[str | None], status: str) -> None:
+def _print_places(model: str, nodes: Sequence[str | None], status: str) -> None:
     found = table("model", "node", "status")
     for node in nodes:
         add(found, model, node, status)

@@ -35,18 +35,25 @@ GROUPS = 256
 class Need:
     """What a model takes on a node, in MB on all its devices together; None: nobody knows.
 
-    ``least_mb`` is what it can live with. ``refusal`` is why the node would not have it at all.
+    ``least_mb`` is what it can live with, as the node says. ``refusal`` is why the node would not
+    have it at all.
     """
 
     mb: int | None = None
     source: Source = "unknown"
     least_mb: int | None = None
     refusal: ApiError | None = None
+    least_source: Source = "estimate"
 
     @property
     def smallest_mb(self) -> int | None:
         """What has to fit in any case."""
         return self.mb if self.least_mb is None else self.least_mb
+
+    @property
+    def smallest_source(self) -> Source:
+        """Who says so."""
+        return self.source if self.least_mb is None else self.least_source
 
 
 @dataclass(frozen=True)
@@ -165,9 +172,12 @@ def _never(node: Node, incoming: Incoming, need: Need) -> str | None:
     return _unfit(node, profile, need)
 
 
-def could_hold(node: Node, profile: Profile) -> bool:
-    """Whether *node* could have the model if it were empty; one that was never reached could."""
-    declared = Need(profile.vram_mb, "profile")
+def could_hold(node: Node, profile: Profile, least_mb: int | None = None) -> bool:
+    """Whether *node* could have the model if it were empty; one that was never reached could.
+
+    *least_mb* is what the node has said that the model needs.
+    """
+    declared = Need(profile.vram_mb, "profile", least_mb)
     return not node.is_engine and _unfit(node, profile, declared) is None
 
 
@@ -182,11 +192,17 @@ def _too_small(node: Node, profile: Profile, need: Need) -> str | None:
     if len(able) < profile.device_count:
         of_size = f" of {profile.min_device_vram_mb} MB" if profile.min_device_vram_mb else ""
         return f"it has {len(able)} devices{of_size}, {profile.device_count} are needed"
-    share = _share(need.smallest_mb, profile)
+    share = _share(_certain_mb(need, profile), profile)
     if share is not None and able[profile.device_count - 1] < share:
         largest = able[profile.device_count - 1]
         return f"each of {profile.device_count} devices must hold {share} MB, and one has {largest}"
     return None
+
+
+def _certain_mb(need: Need, profile: Profile) -> int | None:
+    """Return what it needs in any case: its KV cache is never smaller than was asked for."""
+    known = [mb for mb in (need.smallest_mb, profile.kv_cache_mb) if mb is not None]
+    return max(known, default=None)
 
 
 def _away(node: Node, incoming: Incoming) -> str | None:
@@ -254,13 +270,20 @@ def _best_group(
     return best
 
 
+def _asks(need: Need, share: int, candidate: Candidate) -> str:
+    wanted = -(-(need.mb or 0) // max(len(candidate.devices), 1))
+    if share >= wanted:
+        return f"{share} MB ({need.source})"
+    return f"at least {share} MB ({need.smallest_source}), better {wanted} MB ({need.source}),"
+
+
 def _why(candidate: Candidate, there: Ground) -> str:
     need, share = candidate.need, candidate.share_mb
     free = {device: there.free_mb[device] for device in candidate.devices}
     has = ", ".join(f"{'?' if mb is None else max(mb, 0)} MB" for mb in free.values())
     if share is None:
         return f"{has} free, and nobody knows what it needs"
-    asks = f"{share} MB ({need.source})" + (" on each device" if len(free) > 1 else "")
+    asks = _asks(need, share, candidate) + (" on each device" if len(free) > 1 else "")
     said = f"{asks} of {has} free"
     names = ", ".join(victim.name for victim in candidate.victims)
     match candidate.fits:

@@ -164,6 +164,7 @@ class Proxy:
                 self._judge(error, replica)
                 if exchange.has_answer:
                     raise
+                exchange.record.node_failed()
                 following = await self._after(error, replica, exchange)
                 if following is None:
                     last = exchange.attempts.answer()

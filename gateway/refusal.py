@@ -43,6 +43,8 @@ def _numbers(candidate: Candidate) -> dict[str, object]:
         "node": candidate.node.name,
         "needs_mb": candidate.need.mb,
         "source": candidate.need.source,
+        "least_mb": candidate.need.smallest_mb,
+        "least_source": candidate.need.smallest_source,
         "free_mb": candidate.free_mb,
         "reclaimable_mb": candidate.reclaimable_mb,
         "why": candidate.why,

@@ -1,4 +1,4 @@
-"""OpenAI's Responses: one is made, and those that are stored are shown, listed and deleted."""
+"""OpenAI's Responses: one is made, or its prompt counted; stored ones are shown and deleted."""
 
 from __future__ import annotations
 
@@ -10,9 +10,11 @@ from typing import Any
 from aiohttp import web
 
 from cortex.gateway.auth import principal_of
+from cortex.gateway.counting import tokens_asked
 from cortex.gateway.dialects.responses import decode_responses
 from cortex.gateway.response_store import OwnResponses
-from cortex.gateway.services import SERVICES, as_json
+from cortex.gateway.services import SERVICES, as_json, body_of
+from cortex.gateway.shapes import InputTokens
 from cortex.ipc.errors import InvalidRequest, UnsupportedParameter
 
 ALL_ARE_LARGE = 0
@@ -33,6 +35,15 @@ async def create(request: web.Request) -> web.StreamResponse:
     return await services.proxy.serve(
         request, lambda body: decode_responses(body, own, stores=stores), ALL_ARE_LARGE
     )
+
+
+async def input_tokens(request: web.Request) -> web.Response:
+    """Tokens of the prompt that a request for a response has, without generating anything."""
+    own = _own(request)
+    call = await body_of(
+        request, lambda body: decode_responses(body, own, stores=False), ALL_ARE_LARGE
+    )
+    return as_json(InputTokens(await tokens_asked(request, call)))
 
 
 async def show(request: web.Request) -> web.Response:

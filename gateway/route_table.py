@@ -29,6 +29,7 @@ from cortex.gateway.shapes import (
     EmbeddingBody,
     GatewayHealth,
     InputItems,
+    InputTokens,
     Message,
     MessageEvent,
     MessagesBody,
@@ -196,6 +197,20 @@ ANSWERS = (
         takes=ResponsesBody,
         events=ResponseEvent,
         errors=(*INFERENCE, MalformedToolCall, PreviousResponseNotFound),
+    ),
+    Route(
+        "POST",
+        "/v1/responses/input_tokens",
+        response_routes.input_tokens,
+        {200: InputTokens},
+        takes=ResponsesBody,
+        errors=(
+            *NAMES_A_MODEL,
+            *NODE,
+            MissingModelField,
+            UnsupportedParameter,
+            PreviousResponseNotFound,
+        ),
     ),
     Route(
         "GET",

@@ -13,7 +13,7 @@ from msgspec import UNSET
 
 from cortex.gateway.anthropic_listing import anthropic_entry, anthropic_page
 from cortex.gateway.auth import Principal, principal_of
-from cortex.gateway.counting import count_tokens
+from cortex.gateway.counting import tokens_asked
 from cortex.gateway.dialects.anthropic import ANTHROPIC, check_version
 from cortex.gateway.dialects.chat import PassedOn
 from cortex.gateway.dialects.messages import decode_messages
@@ -21,7 +21,6 @@ from cortex.gateway.errors import dialect_of
 from cortex.gateway.fleet import Node
 from cortex.gateway.listing import Listing
 from cortex.gateway.renaming import Renaming
-from cortex.gateway.request_id import id_of
 from cortex.gateway.services import SERVICES, Services, as_json, body_of
 from cortex.gateway.written import Written
 from cortex.ipc.errors import ModelNotFound
@@ -58,19 +57,13 @@ async def messages_count_tokens(request: web.Request) -> web.Response:
         request,
         lambda body: decode_messages(body, strip_billing_block=strip, counts_only=True),
     )
-    target = services.written.catalogue.target(call.model)
-    principal_of(request).check_may_use(target.id, services.written.catalogue)
-    await services.poller.first_round()
-    with Renaming(target.node_id, call.model).errors():
-        count = await count_tokens(
-            services.fleet.snapshot(), services.client, target, call, id_of(request)
-        )
-    return web.json_response({"input_tokens": count})
+    return web.json_response({"input_tokens": await tokens_asked(request, call)})
 
 
 def _entries(services: Services, principal: Principal) -> list[ModelEntry]:
     catalogue = services.written.catalogue
-    listing = Listing(services.fleet.snapshot(), catalogue, services.last_known.of)
+    snapshot, least_mb = services.fleet.snapshot(), services.lifecycle.least_mb
+    listing = Listing(snapshot, catalogue, services.last_known.of, least_mb)
     return listing.entries(lambda model: principal.may_use(model, catalogue))
 
 

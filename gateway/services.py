@@ -23,7 +23,7 @@ from cortex.gateway.response_store import ResponseStore
 from cortex.gateway.state import StateFile
 from cortex.gateway.upstream import NodeClient
 from cortex.gateway.written import Written
-from cortex.ipc.http_body import decoded, read_body
+from cortex.ipc.http_body import LARGE_BYTES, decoded, read_body
 
 T = TypeVar("T")
 
@@ -51,10 +51,12 @@ class Services:
 SERVICES = web.AppKey("services", Services)
 
 
-async def body_of(request: web.Request, decode: Callable[[bytes], T]) -> T:
-    """Return what *decode* finds in the body; large ones are decoded beside the event loop."""
+async def body_of(
+    request: web.Request, decode: Callable[[bytes], T], large_bytes: int = LARGE_BYTES
+) -> T:
+    """Return what *decode* finds in the body; from *large_bytes* on it looks in a thread."""
     patience_seconds = request.app[SERVICES].written.timeouts.client_stalled_seconds
-    return await decoded(await read_body(request, patience_seconds), decode)
+    return await decoded(await read_body(request, patience_seconds), decode, large_bytes)
 
 
 def as_json(value: Any, status: int = 200) -> web.Response:

@@ -11,6 +11,7 @@ from cortex.gateway.background import Background
 from cortex.gateway.reload import Reload
 from cortex.gateway.state import state_path
 from cortex.gateway.written import Written
+from cortex.ipc.descriptors import allow_many_descriptors
 
 INTERRUPTED = 130
 """Exit status after a second signal, which cuts the drain short."""
@@ -58,6 +59,7 @@ async def serve(read: Callable[[], Written], on_ready: Callable[[Gateway], None]
 
     *on_ready* gets the gateway. Raise ConfigError, or CannotListen.
     """
+    allow_many_descriptors()
     signals = StopSignals(is_daemon=True)
     try:
         written = await asyncio.to_thread(read)

@@ -121,6 +121,13 @@ class TokenCount(msgspec.Struct, frozen=True):
     input_tokens: int
 
 
+class InputTokens(msgspec.Struct, frozen=True):
+    """Answer of ``POST /v1/responses/input_tokens``."""
+
+    input_tokens: int
+    object: Literal["response.input_tokens"] = "response.input_tokens"
+
+
 class AnthropicModel(msgspec.Struct, frozen=True):
     """A model as Anthropic's clients want it; null is not known."""
 

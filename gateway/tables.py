@@ -19,6 +19,7 @@ from rich.text import Text
 from cortex.gateway.terminal import duration, progress_words
 from cortex.ipc.fleet_api import (
     Drain,
+    FleetDevice,
     FleetModel,
     FleetNode,
     FleetView,
@@ -75,14 +76,21 @@ def _devices(fleet: FleetView) -> Table:
                 found,
                 *known,
                 device.name if is_ready else f"{device.name}, {device.state}",
-                device.vram_free_mb,
-                device.vram_used_mb,
+                *_memory_mb(device),
                 device.vram_total_mb,
                 device.temp_c,
             )
         if not node.devices:
             add(found, *known, "engine" if node.is_engine else None)
     return found
+
+
+def _memory_mb(device: FleetDevice) -> tuple[int | None, int | None]:
+    """Return what is free and what is used, as placement counts them where the node says."""
+    free_mb, total_mb = device.loadable_mb, device.vram_total_mb
+    if free_mb is None or total_mb is None:
+        return device.vram_free_mb, device.vram_used_mb
+    return free_mb, total_mb - free_mb
 
 
 def _models(fleet: FleetView) -> Table:
@@ -175,7 +183,9 @@ def _moment(seconds: float) -> str:
 def print_placement(console: Console, placed: PlacementView) -> None:
     """Say where a model would go, and what every node had to offer."""
     say(console, placement_words(placed))
-    found = table("node", "fits", "needs MB", "by", "free MB", "could free MB", "would go")
+    found = table(
+        "node", "fits", "wants MB", "by", "least MB", "by", "free MB", "could free MB", "would go"
+    )
     for candidate in placed.candidates:
         add(
             found,
@@ -183,6 +193,8 @@ def print_placement(console: Console, placed: PlacementView) -> None:
             candidate.fits.replace("_", " "),
             candidate.needs_mb,
             candidate.source,
+            candidate.least_mb,
+            candidate.least_source,
             candidate.free_mb,
             candidate.reclaimable_mb,
             ", ".join(candidate.evicts),
@@ -194,6 +206,8 @@ def print_placement(console: Console, placed: PlacementView) -> None:
 
 def placement_words(placed: PlacementView) -> str:
     """Return what would become of a load of a model, in one sentence."""
+    if placed.loaded_on:
+        return f"{placed.model} is loaded on {', '.join(placed.loaded_on)}"
     if placed.chosen is None:
         return str((placed.refusal or {}).get("message"))
     would = f"{placed.model} would be loaded on {placed.chosen}"

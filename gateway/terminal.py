@@ -18,7 +18,7 @@ import orjson
 from cortex.gateway import sse
 from cortex.gateway.config import ENDPOINT
 from cortex.gateway.errors import reason_of
-from cortex.ipc.node_api import Progress
+from cortex.ipc.node_api import EMBEDDED_MODEL, Progress
 from cortex.ipc.settings import ConfigError
 
 CONNECT_SECONDS = 5.0
@@ -72,12 +72,15 @@ class GatewayClient:
         return Unreachable(f"{self._endpoint} answers, but it is no cortex gateway")
 
     async def default_models(self) -> list[str]:
-        """Return the models that are loaded, else all; raise Unreachable where there is none."""
+        """Return the models that are loaded, else all, the embedded one first.
+
+        Raise Unreachable where there is none.
+        """
         found = (await self.get("/v1/models", "data"))["data"]
         if not found:
             raise Unreachable(f"{self._endpoint} serves no model")
         loaded = [entry["id"] for entry in found if entry.get("loaded")]
-        return loaded or [entry["id"] for entry in found]
+        return loaded or sorted((entry["id"] for entry in found), key=EMBEDDED_MODEL.__ne__)
 
     async def answer(self, model: str, messages: list[dict[str, str]]) -> AsyncIterator[str]:
         """Yield the text of the next turn as it forms; raise Unreachable."""

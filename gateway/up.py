@@ -26,6 +26,7 @@ from cortex.gateway.config import GatewayConfig, Listening, Neuron
 from cortex.gateway.demands import Demand
 from cortex.gateway.serving import INTERRUPTED, StopSignals
 from cortex.gateway.terminal import LoadLines
+from cortex.ipc.descriptors import allow_many_descriptors
 from cortex.ipc.errors import ApiError
 from cortex.ipc.settings import ConfigError, split_address
 
@@ -146,6 +147,7 @@ def check_port_is_free(address: str) -> None:
 
 async def up(plan: Plan, say: Say) -> int:
     """Run both until a signal or a failure; return the exit status."""
+    allow_many_descriptors()
     check_port_is_free(plan.neuron_listen)
     signals = StopSignals(is_daemon=False)
     outcome = Outcome(signals.asked)

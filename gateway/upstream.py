@@ -31,6 +31,8 @@ LIMIT_OF_A_REFUSAL_BYTES = 64 * 1024
 LARGE_BODY_BYTES = 2**20
 GONE_SECONDS = 12
 """After which a host that acknowledges nothing is taken for gone, whatever a request waits for."""
+FOREIGN = (TimeoutError, aiohttp.ClientError)
+"""What the client library raises."""
 
 
 class Unreachable(NodeFailed):
@@ -50,8 +52,10 @@ class NodeAnswer:
 
         Raise NodeFailed or NodeTimeout.
         """
-        with node_errors(self.node):
+        try:  # not ``node_errors``, which takes a microsecond for each token of each stream
             return await self._response.content.readany()
+        except FOREIGN as exc:
+            raise node_error(self.node, exc) from exc
 
     async def read(self) -> bytes:
         """Return the whole body; raise NodeFailed or NodeTimeout."""
@@ -211,23 +215,27 @@ def node_errors(node: Node) -> Iterator[None]:
     """Turn what the client library raises into our errors."""
     try:
         yield
-    except aiohttp.ConnectionTimeoutError as exc:
-        raise Unreachable(f"node {node.name} accepts no connection") from exc
-    except (TimeoutError, aiohttp.ServerTimeoutError) as exc:
-        raise NodeTimeout(f"node {node.name} did not answer in time") from exc
-    except aiohttp.ClientConnectorCertificateError as exc:
-        why = certificate_words(exc.certificate_error)
-        raise Unreachable(
-            f"node {node.name} shows a certificate that is not trusted: {why}"
-        ) from exc
-    except aiohttp.ClientConnectorSSLError as exc:
-        why = (exc.os_error.reason or "no reason").lower().replace("_", " ")
-        raise Unreachable(f"node {node.name} cannot be spoken to over TLS ({why})") from exc
-    except aiohttp.ClientConnectorError as exc:
-        why = reason_of(exc.os_error)
-        raise Unreachable(f"node {node.name} cannot be reached ({why})") from exc
-    except aiohttp.ClientError as exc:
-        raise NodeFailed(f"node {node.name} broke the connection") from exc
+    except FOREIGN as exc:
+        raise node_error(node, exc) from exc
+
+
+def node_error(node: Node, exc: Exception) -> NodeFailed | NodeTimeout:
+    """Return what *exc*, one of FOREIGN, means."""
+    match exc:
+        case aiohttp.ConnectionTimeoutError():
+            return Unreachable(f"node {node.name} accepts no connection")
+        case TimeoutError():
+            return NodeTimeout(f"node {node.name} did not answer in time")
+        case aiohttp.ClientConnectorCertificateError():
+            why = certificate_words(exc.certificate_error)
+            return Unreachable(f"node {node.name} shows a certificate that is not trusted: {why}")
+        case aiohttp.ClientConnectorSSLError():
+            why = (exc.os_error.reason or "no reason").lower().replace("_", " ")
+            return Unreachable(f"node {node.name} cannot be spoken to over TLS ({why})")
+        case aiohttp.ClientConnectorError():
+            return Unreachable(f"node {node.name} cannot be reached ({reason_of(exc.os_error)})")
+        case _:
+            return NodeFailed(f"node {node.name} broke the connection")
 
 
 def certificate_words(error: Exception) -> str:

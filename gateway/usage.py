@@ -175,7 +175,7 @@ class RequestRecord:
         self.status = 200
         self.code: str | None = None
         self.body_bytes = 0
-        """Of what the node was sent."""
+        """Of what the node that is asked was sent; 0: none is."""
         self.reservation: Reservation | None = None
         self.queue_seconds: float | None = None
         self.retries = 0
@@ -192,6 +192,10 @@ class RequestRecord:
         else:
             self.retries += 1
 
+    def node_failed(self) -> None:
+        """Note that the node that was asked computes nothing, so that it costs nothing."""
+        self.body_bytes = 0
+
     def failed(self, error: ApiError, status: int) -> None:
         """Note why the client did not get its answer, or not all of it."""
         self.status = status
@@ -207,11 +211,13 @@ class RequestRecord:
     def usage(self) -> Usage | None:
         """Return what it has cost, as its node said, or None.
 
-        No node can say what a client cost that left in the middle of its stream, and there are
+        No node can say what a client cost that left before its answer was complete, and there are
         engines that never do: then it is the chunks that have come, and the prompt's estimate.
+        Whoever leaves before a node is asked costs nothing.
         """
-        is_untold = self.meter.usage is None and self.code in (None, "client_gone")
-        if is_untold and self.meter.chunks_of_text:
+        is_gone = self.code == "client_gone" and self.body_bytes > 0
+        has_text = self.code in (None, "client_gone") and self.meter.chunks_of_text > 0
+        if self.meter.usage is None and (is_gone or has_text):
             prompt, completion = prompt_estimate(self.body_bytes), self.meter.chunks_of_text
             return Usage(prompt, completion, prompt + completion)
         return self.meter.usage

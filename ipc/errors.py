@@ -16,6 +16,7 @@ ApiError               status  code
 ├── InvalidApiKey              401  invalid_api_key
 ├── ModelNotAllowed            403  model_not_allowed
 ├── OperatorOnly               403  operator_only
+├── ForeignPage                403  foreign_origin
 ├── ModelNotFound              404  model_not_found
 ├── ResponseNotFound           404  response_not_found
 ├── RouteNotFound              404  not_found
@@ -177,6 +178,13 @@ class OperatorOnly(ApiError):
 
     status = 403
     code = "operator_only"
+
+
+class ForeignPage(ApiError):
+    """A web page of somewhere else asks a daemon that needs no key."""
+
+    status = 403
+    code = "foreign_origin"
 
 
 class ModelNotFound(ApiError):

@@ -194,7 +194,7 @@ class CandidateView(msgspec.Struct, frozen=True):
     fits: Fits
     why: str
     needs_mb: int | None = None
-    """On all its devices together."""
+    """What it wants, on all its devices together."""
     source: Source = "unknown"
     """Who says so."""
     free_mb: int | None = None
@@ -202,6 +202,9 @@ class CandidateView(msgspec.Struct, frozen=True):
     """Held by models that could go at once."""
     devices: tuple[int, ...] = ()
     evicts: tuple[str, ...] = ()
+    least_mb: int | None = None
+    """What it can live with."""
+    least_source: Source = "unknown"
 
 
 class PlacementView(msgspec.Struct, frozen=True):
@@ -221,6 +224,10 @@ class PlacementView(msgspec.Struct, frozen=True):
     devices: tuple[int, ...] = ()
     evicts: tuple[str, ...] = ()
     refusal: dict[str, Any] | None = None
+    least_mb: int | None = None
+    least_source: Source = "unknown"
+    loaded_on: tuple[str, ...] = ()
+    """Where it serves already."""
 
 
 class UsageRow(msgspec.Struct, frozen=True):

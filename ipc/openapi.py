@@ -29,6 +29,7 @@ from cortex.ipc.errors import (
     ApiError,
     BodyTooLarge,
     ExpectationFailed,
+    ForeignPage,
     InternalError,
     InvalidApiKey,
     InvalidRequest,
@@ -50,7 +51,7 @@ from cortex.ipc.requests import Parameters
 Json = dict[str, Any]
 Errors = tuple[type[ApiError], ...]
 
-EVERYWHERE: Errors = (InvalidRequest, ExpectationFailed, InternalError)
+EVERYWHERE: Errors = (InvalidRequest, ForeignPage, ExpectationFailed, InternalError)
 WITH_A_BODY: Errors = (MalformedJson, RequestTimeout, BodyTooLarge, UnsupportedEncoding)
 
 COMPONENTS = "#/components/schemas/{name}"

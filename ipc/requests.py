@@ -88,13 +88,23 @@ def decode_object(body: bytes) -> dict[str, Any]:
         words, _ = words_and_place(exc)
         raise InvalidRequest(f"the body holds what cannot be read: {words}") from exc
     except (msgspec.DecodeError, UnicodeDecodeError) as exc:
-        fault = HALF if LONE_SURROGATE.search(body) else str(exc)
-        raise MalformedJson(f"the body is not JSON: {fault}") from exc
+        raise MalformedJson(f"the body is not JSON: {_fault(body, exc)}") from exc
     except RecursionError as exc:
         raise MalformedJson("the body is nested too deeply") from exc
     if not isinstance(raw, dict):
         raise InvalidRequest("the body must be a JSON object")
     return raw
+
+
+def _fault(body: bytes, exc: Exception) -> str:
+    """Return what is wrong with *body*; the decoder counts bytes from where a text begins."""
+    if LONE_SURROGATE.search(body):
+        return HALF
+    try:
+        body.decode()
+    except UnicodeDecodeError as found:
+        return f"it is not UTF-8 (byte {found.start})"
+    return str(exc)
 
 
 def model_of(raw: dict[str, Any]) -> str:

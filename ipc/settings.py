@@ -33,6 +33,10 @@ _PORT = r"([0-9]{1,4}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]
 _ADDRESS = rf"^(?:\[(?P<ipv6>[0-9A-Fa-f:.]+)\]|(?P<host>[^\[\]:\s]+)):(?P<port>{_PORT})\Z"
 _NO_ADDRESS = "HOST:PORT or [IPV6]:PORT, with a port up to 65535"
 Address = Annotated[str, Meta(pattern=_ADDRESS, description=_NO_ADDRESS)]
+HostName = Annotated[
+    str,
+    Meta(pattern=r"^[^\s\[\]:/?#@]+\Z", description="the name of a host, without scheme and port"),
+]
 
 _TOML_PLACE = re.compile(r"(?P<words>.*) \(at line (?P<line>\d+), column \d+\)")
 

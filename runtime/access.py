@@ -1,5 +1,7 @@
 """Who may use this node: whoever knows one of its keys; without a key file, whoever reaches it.
 
+Without one, web pages of elsewhere are kept out (``ipc/web_pages.py``).
+
 There is one rule and no exception: with a key file, nothing is answered without a key. Not
 ``/health`` and ``/metrics`` either, which name models and tell what they do; a probe without a key
 sees a 401, which says that the node is up. So what ``x-cortex-`` headers say is heard only from
@@ -26,6 +28,7 @@ from cortex.ipc.errors import InvalidApiKey, InvalidRequest
 from cortex.ipc.keys import Headers, digest, is_one_of, keys_in, read_keys
 from cortex.ipc.node_api import HEADER_KEY, HEADER_PRIORITY
 from cortex.ipc.settings import ConfigError
+from cortex.ipc.web_pages import OpenDaemon, asked_by, check_not_foreign
 from cortex.runtime.config import NeuronConfig
 from cortex.runtime.tls import Certificate
 
@@ -62,8 +65,13 @@ class Access:
     """What a connection has to pass: the certificate that it is shown, and the keys."""
 
     def __init__(
-        self, keys: NodeKeys | None = None, certificate: Certificate | None = None
+        self,
+        keys: NodeKeys | None = None,
+        certificate: Certificate | None = None,
+        unguarded: OpenDaemon | None = None,
     ) -> None:
+        self.unguarded = unguarded
+        """What web pages find; None where a key is needed."""
         self._keys = keys
         self._certificate = certificate
 
@@ -78,7 +86,7 @@ class Access:
         if tls.certificate_file and tls.key_file:
             with _option("tls"):
                 certificate = Certificate(Path(tls.certificate_file), Path(tls.key_file))
-        return cls(keys, certificate)
+        return cls(keys, certificate, None if keys else as_open(config))
 
     @property
     def is_open(self) -> bool:
@@ -115,11 +123,23 @@ class Access:
             await asyncio.to_thread(self.reload)
 
 
+def as_open(config: NeuronConfig) -> OpenDaemon:
+    """Return what web pages find where there is no key file."""
+    return OpenDaemon(
+        config.is_loopback,
+        config.allowed_hosts,
+        changing=("/models/", "/devices/"),
+        remedy="set key_file in [auth]",
+    )
+
+
 def admitting(access: Access) -> Middleware:
     """Return the middleware that lets in nobody but whom *access* admits."""
 
     @web.middleware
     async def admit(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if access.unguarded:
+            check_not_foreign(asked_by(request), access.unguarded)
         if not access.admits(request.headers):
             log.info("request without a valid key", path=request.path, remote=request.remote)
             raise InvalidApiKey("a key of this node is needed: Authorization: Bearer, or x-api-key")

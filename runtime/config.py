@@ -1,7 +1,7 @@
 """The neuron's configuration: one TOML file, overridden by the environment; errors in words.
 
-    NeuronConfig      listen, devices, models, cache, sources, admission, engine, taps,
-                      auth, tls, drain_seconds, log_level
+    NeuronConfig      listen, allowed_hosts, devices, models, cache, sources, admission, engine,
+                      taps, auth, tls, drain_seconds, log_level
     DeviceSpec        one device as it will run: its memory budget in bytes, its threads
 
 ``NEURON_`` and the path of an option, joined by ``__``, override the file: ``NEURON_LISTEN``,
@@ -26,6 +26,7 @@ from cortex.ipc.node_api import NEURON_PORT, LoadRequest
 from cortex.ipc.settings import (
     Address,
     ConfigError,
+    HostName,
     Origin,
     Settings,
     Table,
@@ -140,6 +141,8 @@ class NeuronConfig(Table, frozen=True):
     """Everything that can be set; the defaults serve."""
 
     listen: Address = f"127.0.0.1:{NEURON_PORT}"
+    allowed_hosts: tuple[HostName, ...] = ()
+    """Names of this node besides localhost, and of hosts whose web pages may use it."""
     devices: Literal["auto"] | list[DeviceConfig] = "auto"
     """``auto``: every GPU, or ``cpu:0`` where there is none."""
     models: list[LoadRequest] = msgspec.field(default_factory=list)

@@ -295,7 +295,9 @@ def _wait_for_end(pid: int) -> None:
     """Return when a killed process is gone, or after a second."""
     pidfd = _open_pidfd(pid)
     if pidfd >= 0:
-        select.select([pidfd], [], [], 1.0)
+        waiting = select.poll()
+        waiting.register(pidfd, select.POLLIN)
+        waiting.poll(1000)
         os.close(pidfd)
 
 

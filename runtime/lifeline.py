@@ -54,5 +54,7 @@ def die_with_supervisor() -> None:
     fcntl.fcntl(pipe, fcntl.F_SETOWN, os.getpid())
     fcntl.fcntl(pipe, _F_SETSIG, signal.SIGKILL)
     fcntl.fcntl(pipe, fcntl.F_SETFL, fcntl.fcntl(pipe, fcntl.F_GETFL) | os.O_ASYNC)
-    if select.select([pipe], [], [], 0)[0]:
+    looking = select.poll()
+    looking.register(pipe, select.POLLIN)
+    if looking.poll(0):
         os._exit(1)

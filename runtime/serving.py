@@ -21,6 +21,7 @@ import uvloop
 from aiohttp import web
 
 from cortex.ipc import service_manager
+from cortex.ipc.descriptors import allow_many_descriptors
 from cortex.ipc.settings import is_loopback
 from cortex.ipc.taps import SUPERVISOR, Tap
 from cortex.runtime.access import Access
@@ -68,6 +69,7 @@ def serve(config: NeuronConfig) -> None:
 
     ``fork_server.prepare`` has been called.
     """
+    allow_many_descriptors()
     sys.setswitchinterval(GIL_SECONDS)
     access = Access.of(config)
     files = ModelFiles(config.places)

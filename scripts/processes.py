@@ -86,6 +86,13 @@ def cpu_seconds(pid: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
+def scheduled_seconds(pid: int) -> float:
+    """Return the same of the threads that *pid* has now: exact where they sleep, not in ticks."""
+    tasks = Path(f"/proc/{pid}/task").iterdir()
+    told = [(task / "schedstat").read_text(encoding="ascii") for task in tasks]
+    return sum(int(text.split()[0]) for text in told) / 1e9
+
+
 def busy_seconds() -> float:
     """Return how long all processors have worked since the start, for anybody."""
     first = Path("/proc/stat").read_text(encoding="ascii").splitlines()[0].split()

@@ -78,9 +78,10 @@ def tools_in(prompt: str) -> Iterator[dict[str, Any]]:
 
 
 def preferred(tools: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the tool to call, a shell where there is one; none where none is known."""
+    """Return the tool to call: a shell where there is one, else one that is alone."""
     named = {tool["name"]: tool for tool in tools}
-    return [named[name] for name in PREFERRED if name in named][:1]
+    known = [named[name] for name in PREFERRED if name in named]
+    return known[:1] or (tools if len(tools) == 1 else [])
 
 
 def arguments_of(tool: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,9 @@ from aiohttp import web
 from cortex.ipc.errors import ContextLengthExceeded, UnsupportedParameter
 from fakes import FakeNeuron, Received
 
-CONTEXT_TOKENS = 4096
+CONTEXT_TOKENS = 20_000
+"""Enough for every client."""
+MANY = 10**6
 PLACE = '{"city":"Paris"}'
 CACHED_TOKENS = 5
 
@@ -20,6 +22,8 @@ class ObedientNeuron(FakeNeuron):
 
     def __init__(self, *models: str) -> None:
         super().__init__(models)
+        for model in self.models.values():
+            model.context = CONTEXT_TOKENS
         self.can_call = True
         self.can_embed = True
         self.can_fill_in = True
@@ -45,8 +49,9 @@ class ObedientNeuron(FakeNeuron):
             self.deltas = [_call(choice["function"]["name"], ""), _call(None, PLACE)]
 
     def _refusal(self, asked: Received) -> Any:
-        if self.prompt_tokens > CONTEXT_TOKENS:
-            return ContextLengthExceeded.of(self.prompt_tokens, CONTEXT_TOKENS)
+        context = min((model.context or MANY for model in self.models.values()), default=MANY)
+        if self.prompt_tokens > context:
+            return ContextLengthExceeded.of(self.prompt_tokens, context)
         for name, can in (("tools", self.can_call), ("suffix", self.can_fill_in)):
             if asked.body.get(name) and not can:
                 return UnsupportedParameter(f"this model knows no {name}", param=name)

@@ -100,7 +100,7 @@ async def wire(port: int) -> AsyncIterator[Wire]:
 
 def head(method: str, target: str, *headers: str) -> bytes:
     """Return the head of a request."""
-    lines = [f"{method} {target} HTTP/1.1", "Host: x", *headers]
+    lines = [f"{method} {target} HTTP/1.1", "Host: localhost", *headers]
     return "\r\n".join([*lines, "", ""]).encode("latin-1")
 
 

@@ -160,6 +160,10 @@ class PassedOn:
         """Return the error object as the last event; no ``[DONE]`` follows."""
         return self.dialect.error_frame(error, request_id)
 
+    def refusal(self, error: ApiError) -> ApiError:
+        """Return *error*: the client has said what the node was asked."""
+        return error
+
     def body(self, node_id: str) -> bytes:
         """Return the body as it came, with the node's name of the model, without keep_alive."""
         if node_id == self.model and not self.has_keep_alive:

@@ -69,6 +69,9 @@ class Call(Protocol):
     def error_frame(self, error: ApiError, request_id: str) -> bytes:
         """Return the event that ends its stream, whose status is spent."""
 
+    def refusal(self, error: ApiError) -> ApiError:
+        """Return *error* of a node as the client would say it: its places, its words."""
+
     def body(self, node_id: str) -> bytes:
         """Return the body for a node that calls the model *node_id*."""
 

@@ -24,7 +24,13 @@ import structlog
 
 from cortex.gateway.affinity import head_of, named_in_body
 from cortex.gateway.dialects.anthropic import ANTHROPIC, Anthropic
-from cortex.gateway.dialects.chat_request import ChatFields, chat_body, encoded
+from cortex.gateway.dialects.chat_request import (
+    ChatFields,
+    chat_body,
+    count_body,
+    encoded,
+    refusal_of,
+)
 from cortex.gateway.dialects.dialect import CountTokens
 from cortex.gateway.dialects.message_answers import Expected, Json, message_of
 from cortex.gateway.dialects.message_events import MessageEvents
@@ -33,16 +39,8 @@ from cortex.gateway.dialects.message_tools import offer_of, tools_of
 from cortex.gateway.dialects.message_turns import chat_messages
 from cortex.ipc.errors import ApiError, InvalidRequest, MalformedJson, UnsupportedParameter
 
-COUNTED = (
-    "messages",
-    "tools",
-    "tool_choice",
-    "reasoning_effort",
-    "thinking",
-    "add_generation_prompt",
-    "continue_final_message",
-)
-"""What of a chat request makes its prompt."""
+CLIENTS_WORDS = {"image_url": "image", "reasoning_effort": "output_config.effort"}
+"""For those of a chat request."""
 SAMPLING = ("max_tokens", "temperature", "top_p", "top_k")
 
 log = structlog.get_logger()
@@ -72,6 +70,10 @@ class MessagesCall:
         """Return the ``error`` event."""
         return self.dialect.error_frame(error, request_id)
 
+    def refusal(self, error: ApiError) -> ApiError:
+        """Return *error* in the client's words."""
+        return refusal_of(error, CLIENTS_WORDS)
+
     def body(self, node_id: str) -> bytes:
         """Return the chat request."""
         return chat_body(self.chat, node_id, wants_stream=self.wants_stream)
@@ -95,8 +97,7 @@ class MessagesCall:
 
     def count_body(self, node_id: str) -> bytes:
         """Return the request that counts the tokens of the prompt."""
-        counted = {name: self.chat[name] for name in COUNTED if name in self.chat}
-        return msgspec.json.encode({"model": node_id, **counted})
+        return count_body(self.chat, node_id)
 
 
 def decode_messages(body: bytes, *, strip_billing_block: bool, counts_only: bool) -> MessagesCall:

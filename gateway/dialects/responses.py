@@ -20,7 +20,14 @@ from typing import Any, Protocol
 import msgspec
 
 from cortex.gateway.affinity import head_of, named_in_body
-from cortex.gateway.dialects.chat_request import ChatFields, chat_body, check_depth, encoded
+from cortex.gateway.dialects.chat_request import (
+    ChatFields,
+    chat_body,
+    check_depth,
+    count_body,
+    encoded,
+    refusal_of,
+)
 from cortex.gateway.dialects.dialect import CountTokens
 from cortex.gateway.dialects.openai import OPENAI, OpenAI
 from cortex.gateway.dialects.response_events import Numbered, ResponseEvents
@@ -35,6 +42,14 @@ from cortex.gateway.dialects.response_request import (
 from cortex.gateway.dialects.response_tools import choose, offer_of
 from cortex.ipc.errors import ApiError, BodyTooLarge, InvalidRequest, MalformedJson
 from cortex.ipc.node_api import MAX_BODY_BYTES
+
+CLIENTS_WORDS = {
+    "image_url": "input_image",
+    "max_completion_tokens": "max_output_tokens",
+    "messages": "input",
+    "reasoning_effort": "reasoning.effort",
+}
+"""For those of a chat request."""
 
 
 class Memory(Protocol):
@@ -79,9 +94,17 @@ class ResponsesCall:
         del request_id  # it is in the header
         return self.numbered.fail(error)
 
+    def refusal(self, error: ApiError) -> ApiError:
+        """Return *error* in the client's words."""
+        return refusal_of(error, CLIENTS_WORDS)
+
     def body(self, node_id: str) -> bytes:
         """Return the chat request."""
         return chat_body(self.chat, node_id, wants_stream=self.wants_stream)
+
+    def count_body(self, node_id: str) -> bytes:
+        """Return the request that counts the tokens of the prompt."""
+        return count_body(self.chat, node_id)
 
     def answer(self, node_id: str, body: bytes) -> bytes:
         """Return the response in a node's chat completion."""

@@ -91,15 +91,19 @@ def test_tap_prints_what_happens_as_it_happens(stack: Stack, tmp_path: Path) -> 
     assert "Traceback" not in output.read_text()
 
 
-def test_the_doctor_finds_the_stack_well(stack: Stack) -> None:
+def test_the_doctor_finds_the_stack_well_but_its_context_small(stack: Stack) -> None:
     result = cortex("doctor", "--endpoint", stack.url, "--client", "all", "--json")
 
     report = msgspec.json.decode(result.stdout)
     found = {f"{it['client']}: {it['check']}": it for it in report["findings"]}
     assert [it for it in found.values() if it["outcome"] == "fail"] == []
-    assert (result.returncode, report["ok"], report["model"]) == (0, True, MODEL)
+    too_small = {"claude-code: context", "codex: context", "opencode: context"}
+    assert (result.returncode, report["ok"], report["model"]) == (1, False, MODEL)
     assert {name for name, it in found.items() if it["outcome"] != "pass"} == {
+        *too_small,
         "claude-code: model discovery",
         "openai: embeddings",
         "zed: edit prediction: suffix",
     }
+    missed = {name for name, it in found.items() if it["outcome"] != "pass" and it["needed"]}
+    assert missed == too_small

@@ -214,6 +214,35 @@ def test_a_response_goes_on_from_another(chat: openai.OpenAI) -> None:
     assert second.output_text == same.output_text
 
 
+def test_the_tokens_of_a_response_are_counted_exactly(chat: openai.OpenAI) -> None:
+    first = chat.responses.create(model=MODEL, input=QUESTION, max_output_tokens=4)
+    tool: openai.types.responses.FunctionToolParam = {
+        "type": "function",
+        "name": "look_up",
+        "description": "Look a city up.",
+        "parameters": {"type": "object", "properties": {"city": {"type": "string"}}},
+        "strict": False,
+    }
+    counted = chat.responses.input_tokens.count(
+        model=MODEL,
+        input="Why?",
+        instructions="You are terse.",
+        previous_response_id=first.id,
+        tools=[tool],
+    )
+    answer = chat.responses.create(
+        model=MODEL,
+        input="Why?",
+        instructions="You are terse.",
+        previous_response_id=first.id,
+        tools=[tool],
+        max_output_tokens=1,
+    )
+
+    assert answer.usage is not None
+    assert counted.input_tokens == answer.usage.input_tokens
+
+
 def test_a_response_that_the_limit_cut_is_incomplete(chat: openai.OpenAI) -> None:
     response = chat.responses.create(model=MODEL, input=QUESTION, max_output_tokens=2)
 

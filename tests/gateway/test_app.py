@@ -98,7 +98,8 @@ async def test_a_door_leaves_the_timeouts_of_others_alone() -> None:
 @pytest.mark.parametrize("which", ["listen", "metrics_listen"])
 async def test_a_port_that_is_taken_is_one_sentence(neuron: FakeNeuron, which: str) -> None:
     taken = neuron.url.removeprefix("http://")
-    ports = Listening(**{"listen": "127.0.0.1:0", "metrics_listen": "127.0.0.1:0", which: taken})
+    free = Listening("127.0.0.1:0", "127.0.0.1:0")
+    ports = msgspec.structs.replace(free, **{which: taken})
     config = msgspec.structs.replace(gateway_config(neuron), gateway=ports)
 
     with pytest.raises(CannotListen, match=f"cannot listen on {taken}: address already in use"):

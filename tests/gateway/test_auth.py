@@ -3,11 +3,12 @@
 from typing import Any
 
 import aiohttp
+import msgspec
 import pytest
 
 from cortex.gateway.app import Gateway
 from cortex.gateway.catalogue import Catalogue
-from cortex.gateway.config import Entitlements, GatewayConfig, Key
+from cortex.gateway.config import Entitlements, GatewayConfig, Key, Listening
 from fakes import FakeNeuron, gateway_config
 
 CHAT = "/v1/chat/completions"
@@ -211,3 +212,70 @@ async def test_keys_that_are_reloaded_count_from_the_next_request_on(
         new, _ = await ask(session, gateway, **{"x-api-key": "sk-of-another"})
 
     assert (before, after, new) == (200, 401, 200)
+
+
+DRAIN = "/fleet/nodes/a/drain"
+EVIL = "http://evil.example"
+
+
+async def answer_of(
+    gateway: Gateway, session: aiohttp.ClientSession, method: str, path: str, **headers: str
+) -> tuple[int, str]:
+    """Return status and code of the answer to what a page may send without asking first."""
+    sent = {"Content-Type": "text/plain", **headers}
+    async with session.request(method, gateway.url + path, headers=sent) as response:
+        body = await response.read()
+        return response.status, msgspec.json.decode(body)["error"][
+            "code"
+        ] if not response.ok else ""
+
+
+@pytest.mark.parametrize(
+    ("asked", "headers", "answer"),
+    [
+        (("POST", DRAIN), {}, (200, "")),
+        (("POST", DRAIN), {"Origin": "http://localhost:3000"}, (200, "")),
+        (("POST", DRAIN), {"Origin": EVIL}, (403, "foreign_origin")),
+        (("POST", DRAIN), {"Origin": "null"}, (403, "foreign_origin")),
+        (("POST", DRAIN), {"Host": "evil.example", "Origin": EVIL}, (403, "foreign_origin")),
+        (("GET", "/fleet"), {"Host": "evil.example"}, (403, "foreign_origin")),
+        (("GET", "/fleet"), {"Host": "cortex.lan"}, (200, "")),
+        (("GET", "/health"), {"Host": "localhost:1", "Origin": EVIL}, (200, "")),
+    ],
+    ids=str,
+)
+async def test_without_keys_pages_of_elsewhere_are_kept_out(
+    neuron: FakeNeuron,
+    session: aiohttp.ClientSession,
+    asked: tuple[str, str],
+    headers: dict[str, str],
+    answer: tuple[int, str],
+) -> None:
+    listening = Listening("127.0.0.1:0", "127.0.0.1:0", ("cortex.lan",))
+    config = msgspec.structs.replace(gateway_config(neuron), gateway=listening)
+    async with Gateway(config) as gateway:
+        was = await answer_of(gateway, session, *asked, **headers)
+        is_drained = "a" in gateway.fleet.drained
+
+    assert (was, is_drained) == (answer, (*asked, answer[0]) == ("POST", DRAIN, 200))
+
+
+async def test_a_refused_page_is_told_in_the_dialect_what_the_operator_can_do(
+    neuron: FakeNeuron, session: aiohttp.ClientSession
+) -> None:
+    async with Gateway(gateway_config(neuron)) as gateway:
+        status, body = await ask(session, gateway, "/v1/messages", Origin=EVIL)
+
+    assert (status, body["type"], body["error"]["type"]) == (403, "error", "permission_error")
+    assert "require_auth" in body["error"]["message"]
+    assert neuron.received == []
+
+
+async def test_where_keys_are_required_a_page_with_one_comes_in(
+    neuron: FakeNeuron, session: aiohttp.ClientSession
+) -> None:
+    headers = {"Origin": EVIL, "Host": "cortex.lan", "x-api-key": "sk-everything"}
+    async with Gateway(guarded(neuron, required=True)) as gateway:
+        status, _ = await ask(session, gateway, **headers)
+
+    assert status == 200

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import msgspec
 import pytest
+from structlog.typing import EventDict
 
 from cortex.gateway import config as config_module
 from cortex.gateway.catalogue import ModelsFile
@@ -268,3 +269,17 @@ def test_the_example_catalogue_has_every_option() -> None:
     profile = msgspec.toml.decode(text, type=ModelsFile).models[0]
 
     assert None not in msgspec.structs.astuple(profile)
+
+
+@pytest.mark.parametrize(("mode", "warnings"), [(0o644, 1), (0o640, 0)])
+def test_keys_in_a_file_that_anybody_may_read_are_warned_of(
+    tmp_path: Path, logged: list[EventDict], mode: int, warnings: int
+) -> None:
+    path = tmp_path / "cortex.toml"
+    path.write_text(NEURONS + '[[entitlements.keys]]\nkey = "sk-a-secret"\nid = "me"\n')
+    path.chmod(mode)
+
+    load_config(path, {})
+
+    said = [entry for entry in logged if entry["event"] == "anybody on this host can read the keys"]
+    assert len(said) == warnings

@@ -52,7 +52,6 @@ def test_there_are_checks_of_every_client() -> None:
 async def test_everything_works_with_a_model_that_can_do_everything(
     neuron: ObedientNeuron, client: str
 ) -> None:
-    neuron.models["m"].context = 4096
     async with neuron, Gateway(gateway_config(neuron), ALIASED) as gateway:
         status, report = await report_of(gateway, "--client", client, "--model", "m")
 
@@ -91,6 +90,45 @@ async def test_an_agent_cannot_do_without_tools(neuron: ObedientNeuron) -> None:
     assert status == 1
     assert "this model knows no tools" in out
     assert out.splitlines()[-1].startswith("opencode can be used with m: no: ")
+
+
+@pytest.mark.parametrize(
+    ("client", "own", "needed"),
+    [
+        ("claude-code", 12_500, 16_384),
+        ("codex", 9200, 12_288),
+        ("opencode", 7800, 12_288),
+    ],
+)
+async def test_an_agent_cannot_do_without_room_for_its_own_prompt(
+    neuron: ObedientNeuron, client: str, own: int, needed: int
+) -> None:
+    found = []
+    async with neuron, Gateway(gateway_config(neuron)) as gateway:
+        for context in (needed - 1, needed):
+            neuron.models["m"].context = context
+            await gateway.poller.refresh("a")
+            found.append(await report_of(gateway, "--client", client))
+
+    (small, report), (enough, _) = found
+    assert [small, enough] == [1, 0]
+    assert [it.check for it in report.findings if it.is_bad] == ["context"]
+    assert report.findings[0].outcome == "not possible"
+    assert report.findings[0].why == (
+        f"the context is {needed - 1} tokens: its own prompt has about {own}, and with room to "
+        f"work in it needs {needed}"
+    )
+
+
+@pytest.mark.parametrize("client", ["claude-code", "codex", "opencode"])
+async def test_whether_a_context_that_nobody_knows_is_enough_is_not_tried(
+    neuron: ObedientNeuron, client: str
+) -> None:
+    neuron.models["m"].context = None
+    async with neuron, Gateway(gateway_config(neuron)) as gateway:
+        status, report = await report_of(gateway, "--client", client)
+
+    assert (status, outcomes(report)["context"]) == (0, "not tried")
 
 
 async def test_without_an_alias_of_claudes_its_picker_lists_nothing(

@@ -34,6 +34,7 @@ TABLE = [
     (errors.InvalidApiKey, 401, "invalid_api_key", 401, "authentication_error"),
     (errors.ModelNotAllowed, 403, "model_not_allowed", 403, "permission_error"),
     (errors.OperatorOnly, 403, "operator_only", 403, "permission_error"),
+    (errors.ForeignPage, 403, "foreign_origin", 403, "permission_error"),
     (errors.ModelNotFound, 404, "model_not_found", 404, "not_found_error"),
     (errors.ResponseNotFound, 404, "response_not_found", 404, "not_found_error"),
     (errors.RouteNotFound, 404, "not_found", 404, "not_found_error"),

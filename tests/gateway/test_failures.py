@@ -215,7 +215,7 @@ async def test_a_client_that_stops_reading_is_cut_off() -> None:
             port = int(gateway.url.rpartition(":")[2])
             reader, writer = await asyncio.open_connection("127.0.0.1", port, limit=1024)
             body = orjson.dumps(STREAM)
-            head = f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: {len(body)}\r\n\r\n"
+            head = f"POST {CHAT} HTTP/1.1\r\nHost: localhost\r\nContent-Length: {len(body)}\r\n\r\n"
             writer.write(head.encode() + body)
             await a.answering.wait()
 

@@ -229,7 +229,7 @@ async def test_a_compressed_body_is_read_or_refused_in_words(
 async def test_headers_that_come_twice_do_no_harm(neuron: FakeNeuron) -> None:
     body = orjson.dumps({"model": "qwen3-8b", "messages": []})
     twice = b"X-Request-Id: one\r\nX-Request-Id: two\r\nAuthorization: Bearer a\r\n"
-    head = b"POST " + CHAT.encode() + b" HTTP/1.1\r\nHost: x\r\nConnection: close\r\n"
+    head = b"POST " + CHAT.encode() + b" HTTP/1.1\r\nHost: localhost\r\nConnection: close\r\n"
     length = f"Content-Length: {len(body)}\r\n\r\n".encode()
 
     async with Gateway(gateway_config(neuron)) as gateway:

@@ -1,6 +1,7 @@
 """Budgets and limits of keys, as a client meets them: nothing that is refused reaches a node."""
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 from cortex.gateway.app import Gateway
 from cortex.gateway.config import Budget, Entitlements, GatewayConfig, Key
 from cortex.gateway.state import FILE
-from cortex.ipc.errors import Overloaded
+from cortex.ipc.errors import ModelNotFound, Overloaded
 from cortex.ipc.node_api import EMBEDDED_MODEL
 from every_dialect import CHAT, EVERY_DIALECT, SHORT
 from fakes import FakeNeuron, gateway_config, until
@@ -165,15 +166,44 @@ async def test_a_client_that_leaves_in_the_middle_pays_for_what_it_got(
         assert (spent - prompt in (2, 3, 4, 5, 6), reserved) == (True, 0)
 
 
-async def test_a_client_that_leaves_before_the_first_token_pays_nothing(
-    neuron: FakeNeuron, session: aiohttp.ClientSession
+@pytest.mark.parametrize("stream", [False, True], ids=["whole", "stream"])
+async def test_a_client_that_leaves_before_the_first_token_pays_for_its_prompt_in_every_book(
+    *,
+    neuron: FakeNeuron,
+    session: aiohttp.ClientSession,
+    logged: list[dict[str, Any]],
+    stream: bool,
 ) -> None:
     budget = Budget(1000)
     neuron.may_begin.clear()
 
     async with Gateway(limited(neuron, budget)) as gateway:
-        asking = asyncio.ensure_future(ask(session, gateway, STREAM))
+        asking = asyncio.ensure_future(ask(session, gateway, {**STREAM, "stream": stream}))
         await neuron.answering.wait()
+        asking.cancel()
+        await until(lambda: not gateway.budgets.in_flight("somebody"))
+
+        prompt = -(-len(json.dumps(neuron.received[0].body)) // 4)
+        assert told(gateway, budget) == (prompt, 0)
+        (row,) = await gateway.ledger.rows(key="somebody")
+        assert (row.prompt_tokens, row.completion_tokens) == (prompt, 0)
+        async with session.get(f"{gateway.metrics_url}/metrics") as scraped:
+            assert f'spend_tokens_total{{key="somebody"}} {prompt}.0' in await scraped.text()
+        (line,) = [it for it in logged if it["event"] == "request finished"]
+        assert (line["prompt_tokens"], line["completion_tokens"]) == (prompt, 0)
+
+
+async def test_a_client_that_leaves_while_the_model_is_looked_for_again_pays_nothing(
+    neuron: FakeNeuron, session: aiohttp.ClientSession
+) -> None:
+    budget = Budget(1000)
+    neuron.refuses = ModelNotFound("not here", param="model")
+
+    async with Gateway(limited(neuron, budget)) as gateway:
+        await gateway.poller.first_round()
+        neuron.may_poll.clear()
+        asking = asyncio.ensure_future(ask(session, gateway))
+        await until(lambda: gateway.fleet.own("a") == {} and bool(neuron.requests(CHAT)))
         asking.cancel()
         await until(lambda: not gateway.budgets.in_flight("somebody"))
 

@@ -437,8 +437,34 @@ def test_a_client_that_leaves_before_it_costs_its_prompt_about_and_what_came() -
     assert gone(TEXT, TEXT, b": keep-alive\n\n", TEXT + TEXT).usage() == Usage(100, 4, 104)
 
 
-def test_a_client_that_leaves_before_the_first_text_costs_nothing() -> None:
-    assert gone(b'data: {"choices": [{"delta": {"role": "assistant"}}]}\n\n').usage() is None
+@pytest.mark.parametrize("came", [(), (b'data: {"choices": [{"delta": {"role": "x"}}]}\n\n',)])
+def test_a_client_that_leaves_before_the_first_text_costs_its_prompt_about(
+    came: tuple[bytes, ...],
+) -> None:
+    assert gone(*came).usage() == Usage(100, 0, 100)
+
+
+def test_a_client_that_leaves_before_any_node_is_asked_costs_nothing() -> None:
+    record = RequestRecord(CHAT, None)
+    record.client_gone()
+
+    assert record.usage() is None
+
+
+def test_a_client_that_leaves_after_its_node_has_failed_costs_nothing() -> None:
+    record = RequestRecord(CHAT, None)
+    record.body_bytes = 400
+    record.node_failed()
+    record.client_gone()
+
+    assert record.usage() is None
+
+
+def test_an_answer_without_usage_and_text_costs_nothing() -> None:
+    record = RequestRecord(CHAT, None)
+    record.body_bytes = 400
+
+    assert record.usage() is None
 
 
 def test_a_rate_needs_more_than_one_token() -> None:

@@ -265,6 +265,7 @@ async def test_a_cold_model_never_has_more_context_than_it_will_be_loaded_with(
         (Profile("m", min_device_vram_mb=24000), ["big"]),
         (Profile("m", devices=[1]), ["big"]),
         (Profile("m", vram_mb=20000), ["big"]),
+        (Profile("m", kv_cache_mb=20000), ["big"]),
         (Profile("m", pinned_on=("small",)), ["small"]),
     ],
 )
@@ -350,7 +351,8 @@ def test_what_an_engine_has_is_offered_and_nothing_is_thought_to_fit_there() -> 
     info = ModelInfo("glm-5", "engine", "loaded", [], Servable(ok=True), limit=Limit(8192))
     fleet.put(fleet.node("ray").answered(Health(0.0), [info], {}, 1.0))
 
-    found = Listing(fleet.snapshot(), BUILT_IN, lambda _: None).entries(lambda _: True)
+    listing = Listing(fleet.snapshot(), BUILT_IN, lambda _: None, lambda *_: None)
+    found = listing.entries(lambda _: True)
 
     assert [(entry.id, entry.loaded, entry.feasible_on) for entry in found] == [
         ("glm-5", True, ["ray"])
@@ -593,3 +595,15 @@ async def test_an_anthropic_client_is_told_what_a_model_can_do(
     assert warm["capabilities"]["thinking"]["types"]["enabled"] == {"supported": True}
     assert (warm["capabilities"]["image_input"], warm["max_tokens"]) == ({"supported": False}, 512)
     assert (new["capabilities"], new["max_tokens"]) == (None, None)
+
+
+@pytest.mark.parametrize("name", ["after_id", "before_id"])
+async def test_a_page_beside_a_model_that_is_not_listed_is_refused(
+    session: aiohttp.ClientSession, name: str
+) -> None:
+    async with FakeNeuron(["warm"]) as a, Gateway(gateway_config(a), CATALOGUE) as gateway:
+        await gateway.poller.first_round()
+        status, said = await get(session, f"{gateway.url}/v1/models?{name}=gone", **ANTHROPIC)
+
+    assert (status, said["error"]["param"]) == (400, name)
+    assert said["error"]["message"] == f"{name}: there is no model 'gone' in the list"

@@ -29,7 +29,12 @@ def too_large(weights_mb: int, kv_mb: int) -> Unloadable:
     [
         (70, LoadEstimate(50, 90), 10, Need(70, "measured", 50)),
         (40, LoadEstimate(50, 90), 10, Need(50, "measured", 50)),
-        (60, LoadEstimate(50, 90, is_measured=True), 10, Need(90, "measured", 50)),
+        (
+            60,
+            LoadEstimate(50, 90, is_measured=True),
+            10,
+            Need(90, "measured", 50, least_source="measured"),
+        ),
         (None, LoadEstimate(50, 90), 10, Need(90, "estimate", 50)),
         (None, LoadEstimate(50), 10, Need(50, "estimate", 50)),
         (None, LoadEstimate(), 10, Need(10, "profile")),

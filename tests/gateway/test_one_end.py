@@ -119,7 +119,7 @@ async def test_a_client_that_leaves_before_its_body_is_complete_is_gone(
     gateway: Gateway, logged: Lines
 ) -> None:
     _, writer = await asyncio.open_connection("127.0.0.1", int(gateway.url.rpartition(":")[2]))
-    writer.write(f"POST {CHAT} HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n{{".encode())
+    writer.write(f"POST {CHAT} HTTP/1.1\r\nHost: [::1]\r\nContent-Length: 99\r\n\r\n{{".encode())
     await until(lambda: gateway.door.inside == 1)
 
     writer.transport.abort()

@@ -316,6 +316,30 @@ def test_a_dry_run_shows_the_arithmetic_of_every_node() -> None:
     ]
 
 
+def test_where_only_the_least_fits_what_is_wanted_is_said_too() -> None:
+    need = Need(300, "measured", 50, least_source="estimate")
+    model = replace(incoming(), needs={"a": need})
+
+    view = view_of(model, candidates(a_fleet(a_node("a", [100])), model, RULES))
+
+    assert view.candidates[0].why == (
+        "at least 50 MB (estimate), better 300 MB (measured), of 100 MB free"
+    )
+    assert (view.needs_mb, view.source) == (300, "measured")
+    assert (view.least_mb, view.least_source) == (50, "estimate")
+
+
+def test_a_cache_that_is_larger_than_the_device_never_fits() -> None:
+    model = incoming(kv_cache_mb=101)
+
+    found = candidates(a_fleet(a_node("a", [100])), model, RULES)
+
+    assert (found[0].fits, found[0].why) == (
+        "never",
+        "each of 1 devices must hold 101 MB, and one has 100",
+    )
+
+
 def test_a_dry_run_of_what_cannot_be_shows_the_refusal() -> None:
     model = incoming(mb=50)
 

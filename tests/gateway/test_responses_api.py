@@ -485,3 +485,56 @@ async def test_codex_goes_round_its_tool_loop(
         ("call_0", "a.txt"),
         ("call_1", "a.txt"),
     ]
+
+
+async def test_what_is_counted_is_the_prompt_that_the_call_has(
+    neuron: FakeNeuron, session: aiohttp.ClientSession
+) -> None:
+    async with Gateway(gateway_config(neuron)) as gateway:
+        _, first = await ask(session, gateway, ASK)
+        onwards = {**ASK, "input": "And?", "previous_response_id": first["id"]}
+        body = {
+            **onwards,
+            "instructions": "Be terse.",
+            "reasoning": {"effort": "low"},
+            "tools": [{"type": "function", "name": "ls", "parameters": {"type": "object"}}],
+            "tool_choice": "required",
+            "chat_template_kwargs": {"enable_thinking": False},
+        }
+        counted = await ask(session, gateway, body, "/input_tokens")
+        await ask(session, gateway, body)
+
+    assert counted == (200, {"object": "response.input_tokens", "input_tokens": 7})
+    _, counting, called = (it.body for it in neuron.received)
+    assert counting["messages"] == called["messages"]
+    assert len(counting["messages"]) == 4
+    assert counting == {
+        name: called[name]
+        for name in (
+            "model",
+            "messages",
+            "tools",
+            "tool_choice",
+            "reasoning_effort",
+            "chat_template_kwargs",
+        )
+    }
+
+
+@pytest.mark.parametrize(
+    ("more", "code"),
+    [
+        ({"previous_response_id": "resp_x"}, "previous_response_not_found"),
+        ({"truncation": "auto"}, "unsupported_parameter"),
+        ({"model": "other"}, "model_not_found"),
+    ],
+)
+async def test_what_cannot_be_counted_is_refused_as_the_call_is(
+    neuron: FakeNeuron, session: aiohttp.ClientSession, more: dict[str, Any], code: str
+) -> None:
+    async with Gateway(gateway_config(neuron)) as gateway:
+        counted = await ask(session, gateway, {**ASK, **more}, "/input_tokens")
+        called = await ask(session, gateway, {**ASK, **more})
+
+    assert counted[0] == called[0]
+    assert counted[1]["error"]["code"] == called[1]["error"]["code"] == code

@@ -166,3 +166,10 @@ async def test_errors_have_their_types(neuron: FakeNeuron) -> None:
         "background",
     )
     assert too_long.value.code == "context_length_exceeded"
+
+
+async def test_the_tokens_of_a_prompt_are_counted(neuron: FakeNeuron) -> None:
+    async with client_of(neuron) as client:
+        counted = await client.responses.input_tokens.count(model=MODEL, input="hi", tools=[LS])
+
+    assert (counted.object, counted.input_tokens) == ("response.input_tokens", 7)

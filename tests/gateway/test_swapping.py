@@ -475,6 +475,84 @@ async def test_an_operators_load_waits_for_its_turn_too(session: aiohttp.ClientS
     assert accepted == 202
 
 
+async def _squeezed(a: MemoryNeuron, state: Path) -> None:
+    """Have a gateway measure m at more than its device has."""
+    a.says_mb["m"] = 1002
+    async with Gateway(gateway_config(a), profiles(), state=state) as gateway:
+        await until(lambda: gateway.fleet.node("a").discovery is not None)
+    a.forget("m")
+
+
+@pytest.mark.parametrize("can_estimate", [True, False])
+async def test_an_operator_may_load_again_what_was_squeezed_into_a_device(
+    session: aiohttp.ClientSession, tmp_path: Path, *, can_estimate: bool
+) -> None:
+    state = tmp_path / "cortex.db"
+    async with MemoryNeuron(takes_mb=SIZES, loaded=["m"]) as a:
+        await _squeezed(a, state)
+        if can_estimate:
+            a.estimates["m"] = LoadEstimate(least_mb=200, wanted_mb=2000)
+        async with Gateway(gateway_config(a), profiles(), state=state) as gateway:
+            url = gateway.url + "/fleet/models/load"
+            async with session.post(url, json={"model": "m", "wait": True}) as response:
+                text = await response.text()
+
+    assert (response.status, list(a.held)) == (200, ["m"]), text
+
+
+async def test_a_load_that_waits_for_its_turn_is_taken_back(
+    session: aiohttp.ClientSession,
+) -> None:
+    async with MemoryNeuron(takes_mb=SIZES, loaded=["n"]) as a, a_gateway(a) as gateway:
+        a.may_finish.clear()
+        async with asyncio.TaskGroup() as group:
+            group.create_task(ask(session, gateway, "n"))
+            await a.answering.wait()
+            waiting = group.create_task(ask(session, gateway, "m"))
+            await until(lambda: _why(gateway, "m") == "waiting for n to finish on a")
+            url = gateway.url + "/fleet/models/unload"
+            async with session.post(url, json={"model": "m", "node": "a"}) as elsewhere:
+                pass
+            async with session.post(url, json={"model": "m"}) as response:
+                gone = await response.json()
+            status, text = await waiting
+            a.may_finish.set()
+        again, _ = await ask(session, gateway, "n")
+
+    assert (elsewhere.status, response.status, gone["nodes"]) == (404, 200, [])
+    assert (status, orjson.loads(text)["error"]["message"]) == (
+        409,
+        "the load of 'm' was taken back by an operator",
+    )
+    assert (again, list(a.held)) == (200, ["n"])
+
+
+async def test_what_a_node_has_said_that_it_cannot_hold_is_not_offered(
+    session: aiohttp.ClientSession,
+) -> None:
+    async with MemoryNeuron(takes_mb=SIZES) as a, a_gateway(a) as gateway:
+        a.estimates["m"] = LoadEstimate(least_mb=1200, wanted_mb=1300)
+        status, _ = await ask(session, gateway, "m")
+        async with session.get(gateway.url + "/v1/models") as response:
+            offered = [entry["id"] for entry in (await response.json())["data"]]
+
+    assert (status, offered) == (404, ["n", "o", "small"])
+
+
+async def test_a_placement_says_where_a_model_is_loaded(session: aiohttp.ClientSession) -> None:
+    async with (
+        MemoryNeuron("a", takes_mb=SIZES, loaded=["m"]) as a,
+        MemoryNeuron("b") as b,
+        a_gateway(a, b) as gateway,
+    ):
+        a.estimates["m"] = LoadEstimate(least_mb=200, wanted_mb=900)
+        view = await gateway.lifecycle.placement(gateway.written.catalogue.target("m"))
+
+    numbers = [(c.needs_mb, c.source, c.least_mb, c.least_source) for c in view.candidates]
+    assert view.loaded_on == ("a",)
+    assert (600, "measured", 200, "estimate") in numbers
+
+
 async def test_a_preload_displaces_nobody(session: aiohttp.ClientSession) -> None:
     async with MemoryNeuron(takes_mb=SIZES, loaded=["n"]) as a, a_gateway(a) as gateway:
         await gateway.poller.first_round()

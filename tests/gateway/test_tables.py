@@ -237,8 +237,12 @@ def test_a_drain_that_is_over_says_so() -> None:
             "m would have to wait for a: 0 devices are ready",
         ),
         (PlacementView("m", [], refusal={"message": "no room for 'm'"}), "no room for 'm'"),
+        (
+            PlacementView("m", [], chosen="b", fits="now", loaded_on=("a",)),
+            "m is loaded on a",
+        ),
     ],
-    ids=["now", "evicting", "waiting", "later", "refused"],
+    ids=["now", "evicting", "waiting", "later", "refused", "loaded"],
 )
 def test_a_placement_is_one_sentence(placed: PlacementView, words: str) -> None:
     assert placement_words(placed).endswith(words)
@@ -247,12 +251,14 @@ def test_a_placement_is_one_sentence(placed: PlacementView, words: str) -> None:
 def test_a_placement_shows_the_numbers_of_every_node() -> None:
     file = io.StringIO()
     numbers = CandidateView("a", "after_evicting", "300 MB of 10 MB free", 300, "measured", 10, 400)
-    here = msgspec.structs.replace(numbers, evicts=("x",))
+    here = msgspec.structs.replace(numbers, evicts=("x",), least_mb=90, least_source="estimate")
 
     print_placement(Console(file=file, width=120), PlacementView("m", [here], chosen="a"))
 
     text = file.getvalue()
-    assert cells(text) == [["a", "after evicting", "300", "measured", "10", "400", "x"]]
+    assert cells(text) == [
+        ["a", "after evicting", "300", "measured", "90", "estimate", "10", "400", "x"]
+    ]
     assert text.endswith("a: 300 MB of 10 MB free\n")
 
 

@@ -10,7 +10,7 @@ from aiohttp import web
 
 from cortex.gateway import cli
 from cortex.gateway.app import Gateway
-from cortex.gateway.catalogue import Catalogue
+from cortex.gateway.catalogue import Catalogue, Profile
 from cortex.gateway.config import Entitlements, Key
 from cortex.gateway.terminal import (
     GatewayClient,
@@ -19,7 +19,7 @@ from cortex.gateway.terminal import (
     progress_words,
 )
 from cortex.ipc.errors import Overloaded, RouteNotFound
-from cortex.ipc.node_api import Progress
+from cortex.ipc.node_api import EMBEDDED_MODEL, Progress
 from cortex.ipc.settings import ConfigError
 from fakes import FakeNeuron, gateway_config, refusal
 
@@ -61,6 +61,12 @@ async def test_a_loaded_model_is_taken_first(neuron: FakeNeuron) -> None:
 async def test_any_model_is_taken_where_none_is_loaded() -> None:
     async with FakeNeuron() as neuron, client_of(neuron, Catalogue().with_profile("c")) as client:
         assert await client.default_models() == ["c"]
+
+
+async def test_the_embedded_model_is_taken_before_others_that_are_cold() -> None:
+    catalogue = Catalogue({name: Profile(name) for name in ("a", EMBEDDED_MODEL)})
+    async with FakeNeuron() as neuron, client_of(neuron, catalogue) as client:
+        assert await client.default_models() == [EMBEDDED_MODEL, "a"]
 
 
 async def test_a_gateway_without_models_is_said() -> None:

@@ -13,6 +13,7 @@ from cortex.ipc.errors import (
     UnsupportedParameter,
 )
 from cortex.ipc.openai_answers import ChatCompletionChunk
+from cortex.ipc.requests import decode_object
 from cortex.ipc.tools import FunctionCall, ToolCall
 
 HELLO: dict[str, Any] = {"model": "m", "messages": [{"role": "user", "content": "hello"}]}
@@ -496,3 +497,14 @@ def test_a_text_has_no_turn_to_continue() -> None:
     with pytest.raises(InvalidRequest) as refused:
         openai.decode_request(body, openai.TokenizeRequest)
     assert refused.value.param == "continue_final_message"
+
+
+@pytest.mark.parametrize(
+    ("body", "at"), [(b'{"a": "x\xff"}', 8), (b'{"a": "\xc3\xa9", "b": "\xc3"}', 18)]
+)
+def test_what_is_not_utf_8_is_told_with_its_place_in_the_body(body: bytes, at: int) -> None:
+    with pytest.raises(MalformedJson) as refusal:
+        decode_object(body)
+
+    assert body[at] >= 0x80
+    assert str(refusal.value) == f"the body is not JSON: it is not UTF-8 (byte {at})"

@@ -99,6 +99,60 @@ async def test_without_keys_whoever_reaches_the_node_may_use_it() -> None:
     assert await status_of(NeuronConfig(), "GET", "/health") == 200
 
 
+EVIL = "http://evil.example"
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "headers", "status"),
+    [
+        ("POST", "/models/unload", {"Origin": EVIL}, 403),
+        ("POST", "/models/unload", {"Origin": "null"}, 403),
+        ("POST", "/devices/0/restart", {"Origin": EVIL}, 403),
+        ("POST", "/devices/0/restart", {"Origin": "null"}, 403),
+        ("POST", "/devices/0/restart", {"Origin": "http://localhost:3000"}, 200),
+        ("POST", "/devices/0/restart", {"Host": "evil.example"}, 403),
+        ("GET", "/health", {"Host": "evil.example"}, 403),
+        ("GET", "/health", {"Host": "gpu7.lan:13131"}, 200),
+        ("GET", "/health", {"Host": "localhost", "Origin": EVIL}, 200),
+    ],
+    ids=str,
+)
+async def test_without_keys_pages_of_elsewhere_are_kept_out(
+    method: str, path: str, headers: dict[str, str], status: int
+) -> None:
+    config = NeuronConfig(allowed_hosts=("gpu7.lan",))
+
+    assert await status_of(config, method, path, **headers) == status
+
+
+async def test_a_page_that_is_kept_out_has_done_nothing_and_is_told_why() -> None:
+    node = FakeNode(MODEL)
+    async with posting(
+        node, "/models/unload", {"model_id": MODEL}, headers={"Origin": EVIL}
+    ) as response:
+        body = await response.json()
+
+    assert (body["error"]["code"], body["error"]["type"]) == ("foreign_origin", "permission_error")
+    assert "key_file" in body["error"]["message"]
+    assert node.acts == []
+
+
+async def test_a_host_of_any_bytes_is_put_into_words() -> None:
+    assert await status_of(NeuronConfig(), "GET", "/health", Host="h\u00f6st") == 403
+
+
+async def test_a_node_that_listens_elsewhere_has_any_name() -> None:
+    config = NeuronConfig(listen="10.0.0.7:13131")
+
+    assert await status_of(config, "GET", "/health", Host="gpu7.lan:13131") == 200
+
+
+async def test_a_page_with_a_key_comes_in(tmp_path: Path) -> None:
+    headers = {"Origin": EVIL, "Host": "gpu7.lan", "x-api-key": "first-key"}
+
+    assert await status_of(guarded(tmp_path), "POST", "/devices/0/restart", **headers) == 200
+
+
 async def logged_of(config: NeuronConfig, **headers: str) -> dict[str, Any]:
     """Return the canonical line of a request with *headers*."""
     node = FakeNode(MODEL)

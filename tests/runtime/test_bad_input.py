@@ -14,6 +14,7 @@ from bad_http import Bad, bad_http
 from cortex.ipc.http_body import LARGE_BYTES
 from cortex.ipc.node_api import MAX_BODY_BYTES
 from cortex.ipc.requests import MAX_COMMAS, MAX_NAME
+from cortex.runtime.config import NeuronConfig
 from cortex.runtime.inference import Timing
 from fake_node import FakeNode
 from raw_http import Answer, head, post, wire
@@ -223,8 +224,10 @@ async def test_an_upgrade_is_not_made_and_the_request_served(upgrade: str) -> No
 @pytest.mark.parametrize("host", ["\xff\xfe", "h\u00f6st"])
 async def test_a_host_of_any_bytes_is_refused_where_it_would_be_passed_on(host: str) -> None:
     sent = f"GET /models/{MODEL}/endpoint HTTP/1.1\r\nHost: {host}\r\n\r\n".encode("latin-1")
+    config = NeuronConfig(listen="10.0.0.7:13131")
 
-    answer = await said(sent)
+    async with attacked(config=config) as port, wire(port) as connection:
+        answer = await asked(connection, sent)
 
     assert (answer.refusal, answer.error["param"]) == ((400, "invalid_request"), "Host")
 

@@ -93,7 +93,8 @@ async def test_an_id_may_hold_slashes_and_colons_escaped_or_not(path: str) -> No
 
 
 async def test_the_endpoint_is_where_the_caller_reached_the_neuron() -> None:
-    async with serving(FakeNode(MODEL)) as client:
+    config = NeuronConfig(listen="10.0.0.7:13131")
+    async with serving(FakeNode(MODEL), config=config) as client:
         headers = {"Host": "beast.lan:13131"}
         async with client.get(f"/models/{MODEL}/endpoint", headers=headers) as response:
             assert await response.json() == {"url": "http://beast.lan:13131"}

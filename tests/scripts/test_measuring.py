@@ -21,7 +21,9 @@ from scripted_server import Reply, ScriptedServer
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 
 
-@pytest.mark.parametrize("name", ["soak", "bench-health", "fault-table", "bench-serve"])
+@pytest.mark.parametrize(
+    "name", ["soak", "bench-gateway", "bench-health", "fault-table", "bench-serve"]
+)
 def test_the_help_teaches(name: str) -> None:
     environment = os.environ | {"CORTEX_VENV": str(Path(sys.executable).parents[1])}
     command = [str(SCRIPTS / name), "--help"]

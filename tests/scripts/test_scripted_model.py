@@ -60,3 +60,10 @@ def test_it_calls_every_tool_where_it_is_told_to() -> None:
     first, second = said.split("</tool_call>\n")
     assert '"name":"look"' in first
     assert '"name":"bash"' in second
+
+
+def test_a_tool_that_is_alone_is_called_whatever_it_is() -> None:
+    lines = TOOLS.splitlines(keepends=True)
+    alone = "".join(line for line in lines if "bash" not in line)
+
+    assert '{"name":"look","arguments":{}}' in script(alone + ASKS + ANSWERS)
