@@ -140,7 +140,8 @@ index_url = "http://127.0.0.1:9/simple"
 
     def loads(self) -> list[str]:
         """Return the models of all loads so far, in order, as its log has them."""
-        lines = [msgspec.json.decode(line) for line in self.log.read_bytes().splitlines() if line]
+        said = self.log.read_bytes().splitlines()
+        lines = [msgspec.json.decode(line) for line in said if line.startswith(b"{")]
         return [line["model"] for line in lines if line.get("event") == "model loaded"]
 
     def cut_off(self) -> None:
