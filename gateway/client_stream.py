@@ -35,11 +35,6 @@ class ClientStream:
         """The id of the request."""
         return id_of(self._request)
 
-    @property
-    def is_started(self) -> bool:
-        """Whether the status is spent."""
-        return self.response is not None
-
     async def start(self, node: str | None, reason: str) -> None:
         """Send status 200 and the headers, unless that has been done; *node* if it is known."""
         if self.response is not None:
