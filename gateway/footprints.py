@@ -2,8 +2,8 @@
 
 A poll that shows a loaded model is a measurement: weights, KV cache and workspace on all its
 devices. It is kept by the model's name on nodes, the quantisation and the context that its profile
-asks for, and the class of its devices (their name without a number, and their size), because each
-of them changes it; and it is written only where it has changed.
+asks for, the class of its devices (their name without a number, and their size) and how many there
+are, because each of them changes it; and it is written only where it has changed.
 """
 
 from __future__ import annotations
@@ -43,7 +43,8 @@ class Footprints:
         """Return what the model holds on devices like those of *node*, in MB, if that is known."""
         devices = node.discovery.devices if node.discovery else []
         classes = {class_of(node, device.index) for device in devices}
-        known = [self._mb.get(_key(node_id, profile, name)) for name in classes]
+        count = profile.device_count if profile else 1
+        known = [self._mb.get(_key(node_id, profile, name, count)) for name in classes]
         return max((mb for mb in known if mb is not None), default=None)
 
     def saw(self, node: Node, profile_of: ProfileOf) -> None:
@@ -55,7 +56,7 @@ class Footprints:
             mb = sum(held_mb(model).values())
             if model.status == "loaded" and mb:
                 on = class_of(node, model.devices[0].index)
-                self._keep(_key(model.id, profile_of(model.id), on), mb)
+                self._keep(_key(model.id, profile_of(model.id), on, len(model.devices)), mb)
 
     def _keep(self, key: str, mb: int) -> None:
         if self._mb.get(key) == mb:
@@ -71,10 +72,11 @@ def class_of(node: Node, index: int) -> str:
     return f"{NUMBER.sub('', found.name)}, {found.vram_total_mb} MB" if found else ""
 
 
-def _key(node_id: str, profile: Profile | None, device_class: str) -> str:
+def _key(node_id: str, profile: Profile | None, device_class: str, devices: int) -> str:
     quant = profile.quant if profile else None
     context = profile.max_context_tokens if profile else None
-    return msgspec.json.encode([node_id, quant, device_class, context]).decode()
+    how_many = [devices] if devices > 1 else []
+    return msgspec.json.encode([node_id, quant, device_class, context, *how_many]).decode()
 
 
 def _all(connection: sqlite3.Connection) -> list[tuple[str, bytes]]:

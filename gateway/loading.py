@@ -26,8 +26,8 @@ from cortex.gateway.poller import Poller
 from cortex.gateway.room import Claim
 from cortex.gateway.upstream import NodeClient
 from cortex.gateway.written import Written
-from cortex.ipc.errors import ApiError, NodeFailed, NodeTimeout, Overloaded
-from cortex.ipc.node_api import UnloadRequest
+from cortex.ipc.errors import ApiError, NodeFailed, NodeTimeout, Overloaded, Unloadable
+from cortex.ipc.node_api import ModelInfo, UnloadRequest
 
 BUSY_SECONDS = 2
 
@@ -145,9 +145,17 @@ class Loading:
                 if status is None and node.has_begun_anew(before):
                     raise NodeWentDown(f"node {name} restarted while loading {demand.target.id!r}")
                 if status in ("failed", None):
-                    why = info.failure if info else "it is gone"
-                    raise LoadFailed(f"{demand.target.id!r} could not be loaded on {name}: {why}")
+                    raise _failure(demand.target.id, name, info)
             await asyncio.sleep(self._written.timeouts.poll_while_loading_seconds)
+
+
+def _failure(model: str, node: str, info: ModelInfo | None) -> ApiError:
+    """Return why a load has failed: as its refusal at once would have been, or LoadFailed."""
+    why = info.failure if info else "it is gone"
+    words = f"{model!r} could not be loaded on {node}: {why}"
+    if info is None or info.refusal is None:
+        return LoadFailed(words)
+    return Unloadable(words, kind=info.refusal.kind, **info.refusal.facts)
 
 
 def still_busy(error: ApiError) -> ApiError:

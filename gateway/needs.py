@@ -110,13 +110,18 @@ def need_of(measured_mb: int | None, estimate: LoadEstimate, profile: Profile) -
 
 
 def least_in(error: ApiError) -> int | None:
-    """Return the least a model needs, in MB, where *error* is a node's refusal that tells it."""
+    """Return the least a model needs, in MB, where *error* is a node's refusal that tells it.
+
+    The numbers are of one device, of as many as the refusal says.
+    """
     extras = error.extras
     if extras.get("kind") != NO_MEMORY:
         return None
     parts = [extras.get(f"{part}_bytes") for part in ("weights", "kv", "workspace")]
     counted = [part for part in parts if isinstance(part, int)]
-    return -(-sum(counted) >> 20) if counted else None
+    ranks = extras.get("ranks")
+    devices = ranks if isinstance(ranks, int) else 1
+    return devices * -(-sum(counted) >> 20) if counted else None
 
 
 def learnt(need: Need, error: ApiError) -> Need | None:

@@ -2,21 +2,30 @@
 
 free          as the node says, less what others on their way there will still take
 in the end    what would be free if everything went that is not held for good
+
+Devices that share a model are a group, and a device is in one group only: a model that shares some
+of them with others has to go, however little it holds.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from collections.abc import Set as AbstractSet
 from dataclasses import dataclass, field
 from typing import Literal
 
-from cortex.gateway.eviction import Resident, Rules, held_mb, residents, victims
+from cortex.gateway.eviction import Hold, Resident, Rules, held_mb, residents, victims
 from cortex.gateway.fleet import FleetSnapshot, Node, Place
 from cortex.ipc.fleet_api import Fits
 
 ORDER: tuple[Fits, ...] = ("now", "after_evicting", "after_waiting", "no", "away", "never")
 """The best first."""
+
+GOING: tuple[tuple[Fits, tuple[Hold | None, ...]], ...] = (
+    ("after_evicting", (None,)),
+    ("after_waiting", (None, "dwell", "busy")),
+)
+"""What it comes to where victims are held by no more than this."""
 
 UNMEASURED_MB = 2**40
 """What a model that is just being loaded may hold: more than anybody waits for."""
@@ -76,6 +85,9 @@ class Ground:
         self, devices: tuple[int, ...], share_mb: int | None, *, may_evict: bool = True
     ) -> Group:
         """Return how a model whose devices have to hold *share_mb* each would fit there."""
+        crossing = [r for r in self.residents if crosses(r.held_mb, devices)]
+        if any(resident.stays_for_good for resident in crossing):
+            return Group(devices, "no")
         missing = {
             device: share_mb - free
             for device in devices
@@ -85,17 +97,32 @@ class Ground:
         is_enough = all(self.in_the_end_mb[device] >= (share_mb or 0) for device in missing)
         if not self.cleared.isdisjoint(devices):
             return Group(devices, "after_waiting" if is_enough else "no")
-        if not missing:
+        if not missing and not crossing:
             return Group(devices, "now")
         if not may_evict:
             return Group(devices, "no")
-        idle = [resident for resident in self.residents if resident.hold is None]
-        if (chosen := victims(idle, missing, self.rules.strategy)) is not None:
-            return Group(devices, "after_evicting", chosen)
-        passing = [r for r in self.residents if r.hold in (None, "dwell", "busy")]
-        if (chosen := victims(passing, missing, self.rules.strategy)) is not None:
-            return Group(devices, "after_waiting", chosen)
+        for fits, holds in GOING:
+            if (chosen := self._victims(crossing, missing, holds)) is not None:
+                return Group(devices, fits, chosen)
         return Group(devices, "after_waiting" if is_enough else "no")
+
+    def _victims(
+        self,
+        crossing: Sequence[Resident],
+        missing_mb: Mapping[int, int],
+        holds: Collection[Hold | None],
+    ) -> tuple[Resident, ...] | None:
+        """Return *crossing* and whom else to unload; None where more than *holds* keeps them."""
+        if any(resident.hold not in holds for resident in crossing):
+            return None
+        others = [r for r in self.residents if r.hold in holds and r not in crossing]
+        left = {
+            device: mb - sum(resident.held_mb.get(device, 0) for resident in crossing)
+            for device, mb in missing_mb.items()
+        }
+        still = {device: mb for device, mb in left.items() if mb > 0}
+        chosen = victims(others, still, self.rules.strategy)
+        return None if chosen is None else (*crossing, *chosen)
 
 
 def ground(
@@ -126,8 +153,16 @@ def ground(
 
 def has_room(node: Node, claim: Claim, others: Collection[Claim]) -> bool:
     """Whether what is free on *node*, and not what *others* are to take, suffices for *claim*."""
+    if any(crosses(held_mb(m), claim.shares_mb) for m in node.models if m.status != "failed"):
+        return False
     free = _unclaimed_mb(node, _coming(node, others))
     return all((free.get(device) or 0) >= mb for device, mb in claim.shares_mb.items())
+
+
+def crosses(some: Collection[int], others: Collection[int]) -> bool:
+    """Whether two groups of devices share some, and not all, of them."""
+    is_shared = len(some) > 1 and len(others) > 1 and not set(some).isdisjoint(others)
+    return is_shared and set(some) != set(others)
 
 
 def _coming(node: Node, claims: Collection[Claim]) -> list[Claim]:

@@ -13,6 +13,12 @@ import msgspec
 DEFAULT_SEQUENCES = 32
 """That a model computes at a time, unless a load says otherwise."""
 SHORT_SEQUENCE_TOKENS = 512
+LEAST_SNAPSHOTS = 2
+"""Of recurrent states: one of a prompt's end, one of another's or of a head they share."""
+MOST_SNAPSHOTS = 16
+STATES_SHARE = 4
+"""Recurrent states take at most one part in so many of a cache's memory, where nobody asked for
+more seats."""
 
 Attention = Literal["auto", "flash_attn", "torch", "triton", "reference"]
 
@@ -25,6 +31,18 @@ class EngineOptions(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
     cuda_graphs: bool = True
     speculation: bool = True
     prefix_cache: bool = True
+
+
+def state_slots(affordable: int, max_sequences: int | None) -> tuple[int, int]:
+    """Return how many sequences a model with recurrent states computes at a time, and its slots.
+
+    Each sequence has a slot, and the rest of *affordable* slots hold snapshots, within bounds.
+    Seats that nobody asked for are given up before the least number of snapshots, down to one.
+    """
+    fair = min(DEFAULT_SEQUENCES, max(1, affordable - LEAST_SNAPSHOTS))
+    sequences = max_sequences or fair
+    snapshots = max(LEAST_SNAPSHOTS, min(MOST_SNAPSHOTS, affordable - sequences))
+    return sequences, sequences + snapshots
 
 
 def cache_tokens(

@@ -14,6 +14,9 @@ the finish of their sequence, are records in the token ring (``cortex.ipc.ring``
     Cancel          a CANCELLED finish in the ring; nothing where the sequence has already ended
     QueryMemory     MemoryReport
     ClearPrefixCache  CacheCleared or Failed(command_id)
+    JoinGroup       GroupJoined or Failed(command_id)
+    CheckCollective CollectiveChecked or Failed(command_id)
+    LeaveGroup      GroupLeft
     Shutdown        Bye, then exit 0
 
 The first event of every life is Hello; one whose protocol differs is not talked to. EngineReport
@@ -26,7 +29,7 @@ from typing import Literal
 
 import msgspec
 
-PROTOCOL_VERSION = 4
+PROTOCOL_VERSION = 5
 """Raise it with any change to the fields below; peers that disagree refuse to talk."""
 
 
@@ -86,6 +89,10 @@ class Footprint(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
         return self.weights_bytes + self.kv_bytes + self.workspace_bytes
 
 
+PEER_LOST = "peer_lost"
+"""The code of a fatal Failed of a rank whose collective broke: another rank may be at fault."""
+
+
 class Message(msgspec.Struct, frozen=True, tag_field="op", forbid_unknown_fields=True):
     """Base of every message; subclasses add a ``tag``."""
 
@@ -105,7 +112,11 @@ class LoadModel(Message, frozen=True, tag="load_model"):
     *path* is a GGUF file, or a directory with config.json and safetensors. ``dtype`` is ``auto``
     (the checkpoint's), ``float32``, ``bfloat16`` or ``float16``. Where the three limits are None
     the device chooses: one full context plus a fair number of short sequences, capped by what is
-    free of its memory budget.
+    free of its memory budget. ``quant`` quantises a dense checkpoint on the way, what came of it is
+    kept under ``quant_cache``, where that is given.
+
+    In a ``group`` that it has joined a device loads its rank's part: every rank is sent the same
+    command, they agree on the limits, and the rank 0 alone is sent requests.
     """
 
     command_id: int
@@ -115,10 +126,16 @@ class LoadModel(Message, frozen=True, tag="load_model"):
     max_context_tokens: int | None = None
     max_sequences: int | None = None
     kv_cache_bytes: int | None = None
+    quant: str | None = None
+    quant_cache: str | None = None
+    group: str | None = None
 
 
 class UnloadModel(Message, frozen=True, tag="unload_model"):
-    """Give back every byte of *model*; its sequences, if any, end as cancelled first."""
+    """Give back every byte of *model*; its sequences, if any, end as cancelled first.
+
+    Of a model of a group the rank 0 is sent it first, and the others once that has answered.
+    """
 
     command_id: int
     model: str
@@ -168,6 +185,35 @@ class ClearPrefixCache(Message, frozen=True, tag="clear_prefix_cache"):
     model: str
 
 
+class JoinGroup(Message, frozen=True, tag="join_group"):
+    """Become *rank* of *ranks* of a tensor-parallel group.
+
+    The ranks meet in the empty directory *meeting*. The descriptors of this rank's end of the plan
+    ring (``cortex.ipc.plan_ring``) wait in its post (``cortex.ipc.post``), which says of which
+    group they are. Ranks are sent it at the same time: each answers once all have come.
+    """
+
+    command_id: int
+    group: str
+    rank: int
+    ranks: int
+    meeting: str
+
+
+class CheckCollective(Message, frozen=True, tag="check_collective"):
+    """Sum each rank's number over the group; all ranks are sent it at the same time."""
+
+    command_id: int
+    group: str
+
+
+class LeaveGroup(Message, frozen=True, tag="leave_group"):
+    """Forget a group that no model uses any more."""
+
+    command_id: int
+    group: str
+
+
 class Shutdown(Message, frozen=True, tag="shutdown"):
     """Finish the running step, free the device, say Bye and exit 0."""
 
@@ -183,6 +229,9 @@ Command = (
     | Cancel
     | QueryMemory
     | ClearPrefixCache
+    | JoinGroup
+    | CheckCollective
+    | LeaveGroup
     | Shutdown
 )
 
@@ -264,6 +313,29 @@ class CacheCleared(Message, frozen=True, tag="cache_cleared"):
     blocks: int
 
 
+class GroupJoined(Message, frozen=True, tag="group_joined"):
+    """All ranks of the group have met; answers JoinGroup. ``backend`` is nccl or gloo."""
+
+    command_id: int
+    group: str
+    backend: str
+
+
+class CollectiveChecked(Message, frozen=True, tag="collective_checked"):
+    """What the ranks' numbers, which are rank + 1, summed up to here."""
+
+    command_id: int
+    group: str
+    observed_sum: float
+
+
+class GroupLeft(Message, frozen=True, tag="group_left"):
+    """Answers LeaveGroup."""
+
+    command_id: int
+    group: str
+
+
 class EngineReport(Message, frozen=True, tag="engine_report"):
     """How a model's engine stands: ten times a second while that changes, and when it has no work.
 
@@ -312,6 +384,9 @@ Event = (
     | Embedded
     | MemoryReport
     | CacheCleared
+    | GroupJoined
+    | CollectiveChecked
+    | GroupLeft
     | EngineReport
     | Failed
     | Bye

@@ -6,7 +6,7 @@ other; megabytes are 2**20 bytes.
 
 from __future__ import annotations
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 from msgspec import Meta
@@ -188,6 +188,16 @@ class Progress(msgspec.Struct, frozen=True, omit_defaults=True):
     eta_seconds: float | None = None
 
 
+class Refusal(msgspec.Struct, frozen=True, omit_defaults=True):
+    """Why a load cannot work, as a program reads it: the kind, and what the 422 would say beside.
+
+    Bytes of memory are of one device.
+    """
+
+    kind: str
+    facts: dict[str, Any] = {}
+
+
 class ModelInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     """One model of ``GET /models``, which is a bare array of these."""
 
@@ -202,6 +212,8 @@ class ModelInfo(msgspec.Struct, frozen=True, omit_defaults=True):
     reasoning: bool = False
     progress: Progress | None = None
     failure: str | None = None
+    refusal: Refusal | None = None
+    """What was found out when it was loaded: of a load that the files or the device refused."""
 
 
 class SamplingDefaults(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
@@ -228,7 +240,12 @@ ReasoningParser = Literal["auto", "none", "think", "mistral", "reasoning", "thou
 
 
 class LoadRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
-    """``POST /models/load``. ``quant`` absent or null means dense safetensors."""
+    """``POST /models/load``.
+
+    ``quant`` absent or null means dense safetensors; else it is that of a GGUF file, or how dense
+    weights are quantised while they are loaded. ``devices`` of several share the model
+    (``tensor_parallel``, which is their number unless given).
+    """
 
     model_id: ModelId
     harness: Literal["torch", "candle"] = "torch"
@@ -245,12 +262,18 @@ class LoadRequest(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_
     reasoning_parser: ReasoningParser = "auto"
     wait: bool = False
 
+    @property
+    def ranks(self) -> int:
+        """How many devices share the model."""
+        return self.tensor_parallel or len(self.devices or ()) or 1
+
 
 class LoadEstimate(msgspec.Struct, frozen=True, omit_defaults=True):
     """``POST /models/estimate``, with the body of a load: what it would take, without loading.
 
-    What cannot work, not even on an empty device of this node, is a 422 with its kind, as the load
-    would be; where nobody can tell within seconds, or without a download, the numbers are absent.
+    Of all its devices together, each of which holds an even share. What cannot work, not even on
+    empty devices of this node, is a 422 with its kind, as the load would be; where nobody can tell
+    within seconds, or without a download, the numbers are absent.
     """
 
     least_mb: int | None = None

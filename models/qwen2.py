@@ -23,18 +23,19 @@ import torch
 from torch import Tensor, nn
 
 from cortex.models.attention import PagedAttention
-from cortex.models.batch import Batch
+from cortex.models.batch import Batch, CacheShape
 from cortex.models.config_values import (
     flag,
     positive,
     refuse_other,
     refuse_windows,
-    rope_theta,
+    rope,
     sizes,
 )
 from cortex.models.layers import Decoder, RMSNorm, SwiGLU, add, take
-from cortex.models.linear import ColumnParallel, Embedding, RowParallel
-from cortex.models.rope import Rotary, Rotation
+from cortex.models.linear import ColumnParallel, Embedding, Head, RowParallel
+from cortex.models.parallel import ALONE, Group
+from cortex.models.rope import Rope, Rotary, Rotation
 
 FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 """Parameters we store as one matrix, and the checkpoint tensors they are stacked from."""
@@ -45,7 +46,6 @@ GGUF_PAIRED = ()
 ONLY = {
     "hidden_act": ("silu",),
     "use_sliding_window": (False,),
-    "partial_rotary_factor": (1.0, None),
     "num_local_experts": (None,),
     "v_head_dim": (None,),
     "quantization_config": (None,),
@@ -74,7 +74,7 @@ class Qwen2Config:
     head_dim: int
     vocab_size: int
     rms_norm_eps: float
-    rope_theta: float
+    rope: Rope
     max_position_embeddings: int
     tie_word_embeddings: bool
 
@@ -87,7 +87,7 @@ class Qwen2Config:
         return cls(
             **sizes(raw),
             rms_norm_eps=positive(raw, "rms_norm_eps"),
-            rope_theta=rope_theta(raw),
+            rope=rope(raw),
             tie_word_embeddings=flag(raw, "tie_word_embeddings"),
         )
 
@@ -95,13 +95,17 @@ class Qwen2Config:
 class Qwen2(Decoder):
     """Token ids in, logits of the tokens we sample from out."""
 
-    def __init__(self, config: Qwen2Config, dtype: torch.dtype) -> None:
+    def __init__(self, config: Qwen2Config, dtype: torch.dtype, group: Group = ALONE) -> None:
         super().__init__()
-        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype)
-        self.rotary = Rotary(config.head_dim, config.rope_theta)
-        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_hidden_layers))
+        kv_heads = group.count(config.num_key_value_heads)
+        self.caches = CacheShape(config.num_hidden_layers, kv_heads, config.head_dim)
+        self.embed_tokens = Embedding(config.vocab_size, config.hidden_size, dtype, group)
+        self.rotary = Rotary(config.rope)
+        self.layers = nn.ModuleList(
+            Layer(config, i, group) for i in range(config.num_hidden_layers)
+        )
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.lm_head = ColumnParallel(config.hidden_size, config.vocab_size)
+        self.lm_head = Head(config.hidden_size, config.vocab_size, group)
         if config.tie_word_embeddings:
             self.lm_head.weight = self.embed_tokens.weight
 
@@ -125,12 +129,12 @@ class Qwen2(Decoder):
 class Layer(nn.Module):
     """One transformer block."""
 
-    def __init__(self, config: Qwen2Config, index: int) -> None:
+    def __init__(self, config: Qwen2Config, index: int, group: Group) -> None:
         super().__init__()
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = Attention(config, index)
+        self.self_attn = Attention(config, index, group)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
+        self.mlp = SwiGLU(config.hidden_size, config.intermediate_size, group)
 
     def forward(self, x: Tensor, rotation: Rotation, batch: Batch) -> Tensor:
         """[T, H] -> [T, H]."""
@@ -143,13 +147,17 @@ class Layer(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention with rotary positions and biased projections."""
 
-    def __init__(self, config: Qwen2Config, index: int) -> None:
+    def __init__(self, config: Qwen2Config, index: int, group: Group) -> None:
         super().__init__()
-        self.n, self.k = config.num_attention_heads, config.num_key_value_heads
-        self.d = config.head_dim
-        rows = (self.n * self.d, self.k * self.d, self.k * self.d)
-        self.qkv_proj = ColumnParallel(config.hidden_size, *rows, has_bias=True)
-        self.o_proj = RowParallel(self.n * self.d, config.hidden_size)
+        heads, kv_heads, self.d = (
+            config.num_attention_heads,
+            config.num_key_value_heads,
+            config.head_dim,
+        )
+        self.n, self.k = heads // group.ranks, group.count(kv_heads)
+        query, kv = group.query_heads(heads, self.d), group.heads(kv_heads, self.d)
+        self.qkv_proj = ColumnParallel(config.hidden_size, query, kv, kv, has_bias=True)
+        self.o_proj = RowParallel(query, config.hidden_size, group=group)
         self.attend = PagedAttention(layer=index, scale=self.d**-0.5)
 
     def forward(self, x: Tensor, rotation: Rotation, batch: Batch) -> Tensor:

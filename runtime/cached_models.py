@@ -15,6 +15,7 @@ from cortex.ipc.errors import ModelNotFound, Unloadable
 from cortex.ipc.node_api import Capabilities, Limit, LoadRequest
 from cortex.models.checkpoints.checkpoint import Checkpoint
 from cortex.models.checkpoints.errors import CheckpointError
+from cortex.models.checkpoints.sizes import context_tokens
 from cortex.runtime.chat import ChatOptions
 from cortex.runtime.model_files import find
 from cortex.runtime.node import TextView
@@ -48,10 +49,11 @@ class CachedModels:
         except (CheckpointError, OSError) as exc:
             raise ModelNotFound(f"the files of {model_id!r} cannot be served: {exc}") from exc
         text = await self.text_side(model_id)
-        context = checkpoint.config.get("max_position_embeddings")
+        said = checkpoint.config.get("max_position_embeddings")
+        context = context_tokens(checkpoint.config) if type(said) is int and said > 0 else None
         return Capabilities(
             capabilities=text.abilities,
-            limit=Limit(context=context) if isinstance(context, int) else None,
+            limit=Limit(context=context) if context else None,
             tool_call=text.takes_tools,
             reasoning=text.reasons,
             size_bytes=checkpoint.weights_bytes,

@@ -126,12 +126,26 @@ def check(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="As in --model of serve.")],
     *,
     quant: Annotated[
-        str | None, typer.Option(metavar="TAG", help="A GGUF file of the repository: Q4_0, Q8_0...")
+        str | None,
+        typer.Option(
+            metavar="TAG",
+            help="A GGUF file of the repository (Q4_K_M...), else what dense weights become while "
+            "they are loaded (q8_0, q4_0, q4_1, q5_0, q5_1, fp8).",
+        ),
+    ] = None,
+    tensor_parallel: Annotated[
+        int | None, typer.Option(metavar="N", min=1, help="Devices that share the model.")
     ] = None,
     max_context_tokens: Annotated[
         int | None, typer.Option(metavar="N", min=16, help="Instead of the model's own.")
     ] = None,
-    devices: Devices = None,
+    devices: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DEVICES",
+            help="Indices of those that share the model (0,1), or as in --devices of serve.",
+        ),
+    ] = None,
     json: Annotated[bool, typer.Option("--json", help="Print numbers for programs.")] = False,
     config: Config = None,
 ) -> None:
@@ -144,6 +158,7 @@ def check(
     \b
       neuron check Qwen/Qwen3-0.6B
       neuron check Qwen/Qwen3-0.6B-GGUF --quant Q8_0 --max-context-tokens 8192
+      neuron check Qwen/Qwen3-32B --quant fp8 --tensor-parallel 2
       neuron check file:/models/SmolLM2-135M-Instruct.Q4_1.gguf --devices cpu:0
       neuron check smollm2-135m-instruct --json
 
@@ -154,7 +169,8 @@ def check(
     from cortex.runtime.serving import Surroundings
 
     try:
-        named = None if devices is None else parse_devices(devices)
+        indices = _indices(devices)
+        named = None if devices is None or indices is not None else parse_devices(devices)
         settings = load_config(config, devices=named)
         configure_logging("neuron", settings.log_level)
         host = Surroundings.look()
@@ -162,7 +178,13 @@ def check(
         places = settings.places
     except ConfigError as exc:
         _fail(str(exc), 2)
-    request = LoadRequest(model, quant=quant, max_context_tokens=max_context_tokens)
+    request = LoadRequest(
+        model,
+        quant=quant,
+        tensor_parallel=tensor_parallel,
+        devices=indices,
+        max_context_tokens=max_context_tokens,
+    )
     rooms = checking.rooms_of(specs, host.inventory, host.probe)
     answer = checking.check(request, places, rooms)
     if json:
@@ -170,6 +192,12 @@ def check(
     else:
         checking.show(Console(), answer)
     raise typer.Exit(0 if answer.loadable else 1)
+
+
+def _indices(devices: str | None) -> list[int] | None:
+    """Return the indices that ``0,1`` names, None for names of devices."""
+    parts = [part.strip() for part in (devices or "").split(",")]
+    return [int(part) for part in parts] if all(map(str.isdecimal, parts)) else None
 
 
 @app.command()

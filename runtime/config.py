@@ -197,6 +197,11 @@ class DeviceSpec(msgspec.Struct, frozen=True):
     memory_bytes: int
     threads: int | None = None
 
+    @property
+    def kind(self) -> str:
+        """``cpu`` or ``cuda``."""
+        return self.name.partition(":")[0]
+
 
 def parse_devices(names: str) -> str | list[dict[str, str]]:
     """Return what ``devices`` takes for ``auto`` or ``cpu:0,cpu:1``."""

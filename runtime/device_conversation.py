@@ -26,6 +26,7 @@ from cortex.ipc.messages import (
     Bye,
     CacheCleared,
     Cancel,
+    CollectiveChecked,
     Command,
     Embed,
     Embedded,
@@ -33,6 +34,8 @@ from cortex.ipc.messages import (
     Event,
     Failed,
     Generate,
+    GroupJoined,
+    GroupLeft,
     Hello,
     LoadProgress,
     MemoryReport,
@@ -181,6 +184,8 @@ class Conversation:
                 self.reports.pop(event.model, None)
                 self._answer(event.command_id, event)
             case Pong() | ModelLoaded() | MemoryReport() | CacheCleared() | Bye():
+                self._answer(event.command_id, event)
+            case GroupJoined() | CollectiveChecked() | GroupLeft():
                 self._answer(event.command_id, event)
             case Failed() | Hello():
                 pass  # of the process as a whole: the owner of this life acts on it

@@ -1,8 +1,8 @@
-"""One life of a device process: a child, and a ring and a channel that nobody else ever uses.
+"""One life of a device process: a child; a ring, a channel and a post that nobody else ever uses.
 
 A restart makes a new one, so nothing of an earlier life can reach a later one. In order:
 
-1. the ring and the channel are made, the child is forked with them;
+1. the ring, the channel and the post are made, the child is forked with them;
 2. Hello within a time limit, from a child that speaks our protocol, was forked from a complete and
    single-threaded fork server; anything else is killed;
 3. commands go out in order, events and token records come in, until the pidfd says it is gone;
@@ -18,17 +18,19 @@ import contextlib
 import itertools
 import signal
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import zmq.asyncio
 
 from cortex.ipc import messages
 from cortex.ipc.channel import SupervisorEnd
+from cortex.ipc.descriptors import Descriptor
 from cortex.ipc.engine_options import EngineOptions
 from cortex.ipc.errors import NodeFailed, ProtocolError
 from cortex.ipc.heartbeat import HeartbeatPage, HeartbeatReader
 from cortex.ipc.messages import Command, Event, Failed, Hello
+from cortex.ipc.post import Post
 from cortex.ipc.ring import TokenConsumer, TokenRing
 from cortex.ipc.taps import Tap
 from cortex.runtime.config import DeviceSpec
@@ -53,6 +55,13 @@ class Fork(Protocol):
         """Start it with the arguments of its main function; raise OSError where that fails."""
 
 
+class Mailing(Protocol):
+    """``cortex.ipc.post.Post``, as a group needs it."""
+
+    def send(self, group: str, descriptors: Sequence[Descriptor], /) -> None:
+        """Send them; raise OSError."""
+
+
 class End(NamedTuple):
     """Why a life is over."""
 
@@ -67,14 +76,25 @@ class Life(Protocol):
     conversation: Conversation
 
     @property
+    def post(self) -> Mailing:
+        """The way of descriptors into the child."""
+
+    @property
     def pid(self) -> int | None:
         """The child's process number, once it is forked."""
+
+    @property
+    def cause(self) -> Cause | None:
+        """Why it ends, as far as that is known yet."""
 
     async def run(self, on_hello: OnHello, on_gone: OnGone) -> End:
         """Live; return why it ended. *on_gone* comes first, then open ends fail."""
 
     def kill(self, cause: Cause, reason: str) -> None:
-        """End it at once; the first cause and reason are those of its end."""
+        """End it at once; the first cause and reason are those of its end.
+
+        But for a peer's fault: what the process has said of itself, or its own end, counts more.
+        """
 
 
 class DeviceLife:
@@ -110,6 +130,7 @@ class DeviceLife:
         self._heartbeat = HeartbeatPage()
         self._beats = HeartbeatReader(self._heartbeat)
         self._channel = SupervisorEnd(context)
+        self.post = Post()
         self._child: Child | None = None
         self._end: End | None = None
 
@@ -117,6 +138,11 @@ class DeviceLife:
     def pid(self) -> int | None:
         """The child's process number, once it is forked."""
         return None if self._child is None else self._child.pid
+
+    @property
+    def cause(self) -> Cause | None:
+        """Why it ends, as far as that is known yet."""
+        return None if self._end is None else self._end.cause
 
     async def run(self, on_hello: OnHello, on_gone: OnGone) -> End:
         """Live; return why it ended. *on_gone* comes first, then open ends fail."""
@@ -137,11 +163,15 @@ class DeviceLife:
         return end
 
     def kill(self, cause: Cause, reason: str) -> None:
-        """End it at once; the first cause and reason are those of its end."""
+        """End it at once; the first cause and reason are those of its end, but for a peer's."""
+        if cause is Cause.PEER and self._child is not None and self._child.is_gone():
+            return  # it went first: its end is its own, and is heard of in a moment
         self._ends(cause, reason)
 
     def _ends(self, cause: Cause, reason: str) -> End:
-        self._end = self._end or End(cause, reason)
+        is_its_own = cause is Cause.FAILED and self.cause is Cause.PEER
+        if self._end is None or is_its_own:
+            self._end = End(cause, reason)
         if self._child is not None:
             self._child.kill()
         return self._end
@@ -156,6 +186,7 @@ class DeviceLife:
         self._beats.close()
         self._heartbeat.close()
         self._channel.close()
+        self.post.close()
         if self._faults:
             self._faults.end()
 
@@ -172,6 +203,7 @@ class DeviceLife:
                 address=self._channel.address,
                 ring=self._ring,
                 heartbeat=self._heartbeat,
+                post=self.post.letters,
                 tap_directory=self._tap.directory,
                 log_level=self._log_level,
                 test_faults=self._faults.spelled if self._faults else "",
@@ -180,6 +212,7 @@ class DeviceLife:
             words = f"the device process of {spec.name} cannot be started: {exc}"
             self.kill(Cause.NOT_STARTED, words)
             return False
+        self.post.letters.close()
         if self._end is not None:  # somebody ended this life while it began
             self._child.kill()
         return True
@@ -241,7 +274,7 @@ class DeviceLife:
         self.conversation.hear(event)
         if isinstance(event, Failed) and is_of_process(event):
             words = f"the device process of {self._spec.name} failed: {event.detail}"
-            self.kill(Cause.FAILED, words)
+            self._ends(Cause.PEER if event.code == messages.PEER_LOST else Cause.FAILED, words)
 
     def _empty_ring(self) -> None:
         self.conversation.receive(self._consumer.take())

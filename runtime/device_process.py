@@ -12,12 +12,13 @@ import contextlib
 import itertools
 import time
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Literal
 
 import structlog
 
 from cortex.ipc import node_api
+from cortex.ipc.descriptors import Descriptor
 from cortex.ipc.errors import ApiError, NodeFailed, PeerGone, Recovering, ShuttingDown
 from cortex.ipc.messages import (
     CacheCleared,
@@ -80,7 +81,11 @@ class DeviceProcess:
         self._state = State.STARTING
         self._changed = Pulse()
         self._failures: list[float] = []
+        self._losses_at: list[float] = []
+        """The failures, and the losses that were a peer's fault."""
         self._life: Life | None = None
+        self._is_by_peer = False
+        """Whether the life that ends seems to do so for another device."""
         self._hurry = asyncio.Event()
         """Somebody asked for a restart or the stop: do not wait, and count no failure."""
 
@@ -172,6 +177,20 @@ class DeviceProcess:
         finally:
             late.cancel()
 
+    def tell(self, command: Callable[[int], Command]) -> None:
+        """Send ``command(command_id)``, if anybody is there; its answer is not waited for."""
+        if self.is_ready and self._life is not None:
+            self._life.conversation.tell(command)
+
+    def send_descriptors(self, group: str, descriptors: Sequence[Descriptor]) -> None:
+        """Send what the device needs to be in *group*; raise PeerGone where it is lost."""
+        if not self.is_ready or self._life is None:
+            raise PeerGone(f"device {self.spec.name} is lost")
+        try:
+            self._life.post.send(group, descriptors)
+        except OSError as exc:
+            raise PeerGone(f"device {self.spec.name} takes no post: {exc}") from exc
+
     def generate(
         self,
         model_id: str,
@@ -224,9 +243,19 @@ class DeviceProcess:
         if self._state in {State.STOPPING, State.STOPPED}:
             self.refuse_if_lost_for_good()
         self._failures.clear()
+        self._losses_at.clear()
         self._hurry.set()
         self._advance(On.RESTART)
         self.end_life(f"device {self.spec.name} was restarted by an operator")
+
+    def end_with(self, peer: str) -> None:
+        """End this life, because *peer* is lost, another rank of a group; no failure of its own."""
+        if not self.is_ready or self._life is None:
+            return
+        self._life.kill(
+            Cause.PEER, f"device {self.spec.name} was ended with {peer}, which shares its models"
+        )
+        self._advance(On.LOST)
 
     def end_life(self, reason: str) -> None:
         """Kill the process, if there is one; somebody asked for it."""
@@ -258,6 +287,7 @@ class DeviceProcess:
             end = await life.run(self._greeted, self._lost)
         finally:
             self._life = None
+        self._count_late(end.cause)
         if self._state is not State.STOPPED:
             self.failure = end.reason
             self.losses[end.cause] += 1
@@ -273,7 +303,7 @@ class DeviceProcess:
         """Wait before the next life, unless somebody asked for it at once."""
         if self._state is State.RESTARTING:
             with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._backoff(len(self._failures))):
+                async with asyncio.timeout(self._backoff(len(self._losses_at))):
                     await self._hurry.wait()
         if self._state is State.RESTARTING:
             self._hurry.clear()
@@ -290,8 +320,20 @@ class DeviceProcess:
             self._advance(On.LOST)
         elif not self._hurry.is_set():  # else it was asked for: RESTARTING already, and no failure
             now = self._clock()
-            self._failures = [*recent(self._failures, now), now]
-            self._advance(loss(self._failures))
+            self._losses_at = [*recent(self._losses_at, now), now]
+            self._is_by_peer = self._life is not None and self._life.cause is Cause.PEER
+            self._advance(On.LOST if self._is_by_peer else self._count_failure())
+
+    def _count_failure(self) -> On:
+        now = self._clock()
+        self._failures = [*recent(self._failures, now), now]
+        return loss(self._failures)
+
+    def _count_late(self, cause: Cause) -> None:
+        """Count what looked like a peer's fault until its own last words were heard."""
+        if self._is_by_peer and cause is not Cause.PEER and self._state is State.RESTARTING:
+            self._advance(self._count_failure())
+        self._is_by_peer = False
 
     def _advance(self, on: On) -> None:
         before, self._state = self._state, after(self._state, on)

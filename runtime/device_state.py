@@ -12,7 +12,9 @@
 "Any that runs" is STARTING, READY and RESTARTING; RESTARTING covers the back-off and the time to
 Hello. LOST is the process gone, or one that could not be started, did not say Hello in time or said
 a wrong one. The fourth in ten minutes is LOST_TOO_OFTEN. A restart that an operator asked for
-counts as no failure and forgets the earlier ones.
+counts as no failure and forgets the earlier ones. One that was ended with another rank of its
+tensor-parallel group waits like the others, but has not failed: a healthy card is not given up for
+its neighbour.
 """
 
 from __future__ import annotations
@@ -63,6 +65,8 @@ class Cause(StrEnum):
     """It said something that cannot be."""
     NOT_STARTED = "not_started"
     """There never was a process."""
+    PEER = "peer"
+    """Another rank of its tensor-parallel group was lost."""
     ASKED = "asked"
     """An operator wanted a restart, or the neuron stops."""
 
@@ -114,5 +118,5 @@ def loss(failures: Sequence[float]) -> On:
 
 
 def backoff_seconds(failures: int) -> float:
-    """Return how long to wait before the restart after that many failures that count."""
+    """Return how long to wait before the restart after that many losses in the window."""
     return BACKOFF_SECONDS[min(failures, len(BACKOFF_SECONDS)) - 1]

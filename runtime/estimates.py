@@ -1,4 +1,4 @@
-"""What a load would take of a device, before anything is loaded: from headers, or an earlier load.
+"""What a load would take of each of its devices: from headers, or from an earlier load.
 
     weights      what the headers say, or what was measured
     KV cache     arithmetic: the smallest that is of use, and the one that it gets where there is
@@ -16,7 +16,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from cortex.ipc.engine_options import cache_tokens
+from cortex.ipc.engine_options import cache_tokens, state_slots
 from cortex.ipc.messages import Footprint
 from cortex.ipc.node_api import LoadRequest
 from cortex.models.checkpoints.checkpoint import Checkpoint
@@ -24,13 +24,15 @@ from cortex.runtime import preflight
 from cortex.runtime.config import DeviceSpec
 
 STEP_TOKENS = {"cpu": 128, "cuda": 512}
+MANY_SLOTS = 1 << 16
+"""Of recurrent states: more than anybody wants."""
 BYTES_PER_TOKEN_OF_VOCABULARY = 64 * 8 + 8 * 96
 """Of the logits of a step's rows, and of choosing from eight of them at a time."""
 
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """Bytes of one device."""
+    """Bytes of each device."""
 
     least_bytes: int
     """With less than this it would not be of use."""
@@ -53,20 +55,21 @@ def estimate_of(
         beside_bytes = measured.weights_bytes + measured.workspace_bytes
     else:
         width_bytes = preflight.DTYPE_BYTES.get(request.dtype, auto_bytes)
-        workspace = workspace_bytes(checkpoint.config, kind, width_bytes)
+        workspace = workspace_bytes(checkpoint.config, kind, width_bytes, request.ranks)
         beside_bytes = needs.weights_bytes + workspace
     tokens = cache_tokens(needs.context_tokens, request.max_context_tokens, request.max_sequences)
-    kv_bytes = needs.kv_bytes_per_token * tokens
+    _, slots = state_slots(MANY_SLOTS, request.max_sequences)
+    kv_bytes = needs.kv_bytes_per_token * tokens + slots * needs.state_bytes
     if request.kv_cache_mb is not None:
         kv_bytes = needs.smallest_kv_bytes
     return Estimate(beside_bytes + needs.smallest_kv_bytes, beside_bytes + kv_bytes)
 
 
-def workspace_bytes(config: Mapping[str, Any], kind: str, width_bytes: int) -> int:
-    """Estimate what a step takes beside weights and cache."""
+def workspace_bytes(config: Mapping[str, Any], kind: str, width_bytes: int, ranks: int = 1) -> int:
+    """Estimate what a step takes beside weights and cache; every rank has all logits."""
     hidden, middle, vocab = (
         value if type(value := config.get(name)) is int else 0
         for name in ("hidden_size", "intermediate_size", "vocab_size")
     )
-    step = STEP_TOKENS[kind] * 3 * (hidden + middle) * width_bytes
+    step = STEP_TOKENS[kind] * 3 * (hidden + middle // ranks) * width_bytes
     return step + vocab * BYTES_PER_TOKEN_OF_VOCABULARY

@@ -1,9 +1,10 @@
 """What models have been measured to hold, kept from one run of the neuron to the next.
 
-    footprints.json    {"version": 1, "measured": [Measured, ...]}
+    footprints.json    {"version": 2, "measured": [Measured, ...]}
 
-A footprint goes by everything that decides it: model, quant, dtype, kind of device, and the limits
-that were asked for. The next load of the same goes by it instead of by arithmetic.
+A footprint is that of one device, the one that holds most of them. It goes by everything that
+decides it: model, quant, dtype, kind and number of devices, and the limits that were asked for. The
+next load of the same goes by it instead of by arithmetic.
 
 The file is a cache: it is replaced by an atomic rename, one that is damaged or of another version
 is begun anew, and one that cannot be written is a line in the log.
@@ -22,7 +23,7 @@ import structlog
 from cortex.ipc.messages import Footprint
 from cortex.ipc.node_api import LoadRequest
 
-VERSION = 1
+VERSION = 2
 FILE = "footprints.json"
 _log = structlog.get_logger()
 
@@ -38,6 +39,7 @@ class Measured(msgspec.Struct, frozen=True, omit_defaults=True):
     footprint: Footprint
     quant: str | None = None
     dtype: str = "auto"
+    tensor_parallel: int = 1
     max_context_tokens: int | None = None
     max_sequences: int | None = None
     kv_cache_mb: int | None = None
@@ -51,6 +53,7 @@ class Measured(msgspec.Struct, frozen=True, omit_defaults=True):
             footprint=footprint,
             quant=request.quant.upper() if request.quant else None,
             dtype=request.dtype,
+            tensor_parallel=request.ranks,
             max_context_tokens=request.max_context_tokens,
             max_sequences=request.max_sequences,
             kv_cache_mb=request.kv_cache_mb,
@@ -60,7 +63,8 @@ class Measured(msgspec.Struct, frozen=True, omit_defaults=True):
     def key(self) -> Key:
         """Everything but the footprint."""
         limits = (self.max_context_tokens, self.max_sequences, self.kv_cache_mb)
-        return (self.model, self.device_class, self.quant, self.dtype, *limits)
+        how = (self.quant, self.dtype, self.tensor_parallel)
+        return (self.model, self.device_class, *how, *limits)
 
 
 class _File(msgspec.Struct, frozen=True):

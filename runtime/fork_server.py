@@ -53,6 +53,9 @@ class Child(Protocol):
     def kill(self) -> None:
         """Send SIGKILL; a child that is gone is not an error."""
 
+    def is_gone(self) -> bool:
+        """Whether it is gone, also where the loop has not heard of that yet."""
+
     async def exit_code(self) -> int | None:
         """Return how it ended, minus the signal's number where one did; None where unknown."""
 
@@ -139,6 +142,10 @@ class ForkedChild:
         if self._pidfd >= 0:
             with contextlib.suppress(ProcessLookupError):
                 signal.pidfd_send_signal(self._pidfd, signal.SIGKILL)
+
+    def is_gone(self) -> bool:
+        """Whether it is gone, also where the loop has not heard of that yet."""
+        return self._pidfd < 0 or _has_ended(self._pidfd, wait_ms=0)
 
     async def exit_code(self) -> int | None:
         """Return how it ended, and give up what multiprocessing holds of it."""
@@ -295,10 +302,14 @@ def _wait_for_end(pid: int) -> None:
     """Return when a killed process is gone, or after a second."""
     pidfd = _open_pidfd(pid)
     if pidfd >= 0:
-        waiting = select.poll()
-        waiting.register(pidfd, select.POLLIN)
-        waiting.poll(1000)
+        _has_ended(pidfd, wait_ms=1000)
         os.close(pidfd)
+
+
+def _has_ended(pidfd: int, wait_ms: int) -> bool:
+    waiting = select.poll()
+    waiting.register(pidfd, select.POLLIN)
+    return bool(waiting.poll(wait_ms))
 
 
 def _kill_late(process: ForkServerProcess, started: concurrent.futures.Future[None]) -> None:

@@ -131,18 +131,20 @@ class Report:
 
 def model_info(model: ModelView) -> ModelInfo:
     """Return how ``GET /models`` shows *model*."""
-    held, text = model.footprint or Footprint(0, 0, 0), model.text
+    text = model.text
+    held = model.footprints or [Footprint(0, 0, 0)] * len(model.devices)
     return ModelInfo(
         id=model.id,
         harness="torch",
         status=model.status,
         devices=[
             ModelDevice(
-                index=model.device.spec.index,
-                weights_mb=_mb_up(held.weights_bytes),
-                kv_mb=_mb_up(held.kv_bytes),
-                workspace_mb=_mb_up(held.workspace_bytes),
+                index=device.spec.index,
+                weights_mb=_mb_up(footprint.weights_bytes),
+                kv_mb=_mb_up(footprint.kv_bytes),
+                workspace_mb=_mb_up(footprint.workspace_bytes),
             )
+            for device, footprint in zip(model.devices, held, strict=True)
         ],
         servable=model.servable,
         capabilities=text.abilities if text else [],
@@ -151,6 +153,7 @@ def model_info(model: ModelView) -> ModelInfo:
         reasoning=text is not None and text.reasons,
         progress=model.progress,
         failure=model.failure,
+        refusal=model.refusal,
     )
 
 
@@ -162,7 +165,7 @@ def capabilities(model: ModelView) -> Capabilities:
         limit=info.limit,
         tool_call=info.tool_call,
         reasoning=info.reasoning,
-        size_bytes=model.footprint.weights_bytes if model.footprint else 0,
+        size_bytes=sum(held.weights_bytes for held in model.footprints),
         source="loaded",
     )
 

@@ -21,6 +21,7 @@ from cortex.ipc.errors import Unloadable
 from cortex.models.checkpoints.errors import CheckpointError
 from cortex.models.checkpoints.json import read_object
 from cortex.models.checkpoints.shards import INDEX
+from cortex.models.checkpoints.tensors import QUANTS
 from cortex.runtime.hub_files import COMMIT, NEEDED, WHOLE, HubSource, is_model, quant_of, shards
 
 
@@ -119,7 +120,9 @@ def find(root: Path, source: HubSource, quant: str | None) -> Path | None:
         return None
     snapshot = repo.snapshot(commit)
     if quant is not None:
-        return _gguf(snapshot, quant)
+        found = _gguf(snapshot, quant)
+        if found is not None or quant.lower() not in QUANTS:
+            return found
     return snapshot if is_complete(snapshot) else None
 
 

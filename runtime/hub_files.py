@@ -5,14 +5,15 @@
 
 Without a quant these are the safetensors, whole or sharded, and what describes them; pickled
 weights are never fetched, because reading them runs whatever code they hold. With a quant it is the
-one GGUF file whose name says so: its tokenizer and template are inside.
+one GGUF file whose name says so: its tokenizer and template are inside. Where there is none, and
+dense weights can become that quant while they are loaded, it is the safetensors again.
 
     kind                     what is wrong
     source_unsupported       the id names no repository
-    quant_not_found          there is no GGUF file of that quant; the nearest are named
+    quant_not_found          there is no GGUF file of that quant, nor safetensors that could be
+                             brought to it; the nearest are named
     quant_ambiguous          there are several, of different models
     quant_required           there are GGUF files only, so one has to be chosen
-    quant_unsupported        there are no GGUF files, and quantising while loading comes later
     split_gguf_unsupported   the GGUF is cut into several files
     weights_unsupported      there are no weights, or only pickled ones
     tokenizer_unsupported    there is no tokenizer.json
@@ -29,6 +30,7 @@ from typing import Any
 from cortex.ipc.downloads import RepoFile
 from cortex.ipc.errors import Unloadable
 from cortex.models.checkpoints.shards import INDEX
+from cortex.models.checkpoints.tensors import QUANTS
 from cortex.runtime.wheel import is_plain
 
 REPO = re.compile(r"[A-Za-z0-9][\w.-]{0,95}/[A-Za-z0-9_][\w.-]{0,95}", re.ASCII)
@@ -97,11 +99,12 @@ def parse_hub(name: str) -> HubSource | None:
 def gguf_file(source: HubSource, listing: Listing, quant: str) -> RepoFile:
     """Return the GGUF file of *quant*; raise Unloadable, naming the nearest there are."""
     by_quant = _ggufs(listing)
-    if not by_quant:
-        raise _no_gguf(source, listing, quant)
     hits = by_quant.get(_canonical(quant), [])
     if not hits:
-        raise quant_not_found(str(source), quant, by_quant)
+        available = [*by_quant, *(QUANTS if _has_safetensors(listing) else ())]
+        if not available:
+            raise _no_safetensors(source, listing)
+        raise quant_not_found(str(source), quant, available)
     if any(_is_split(file.path) for file in hits):
         raise Unloadable(
             f"{source} has {quant} only in several files ({hits[0].path}, ...), and split GGUF "
@@ -114,6 +117,12 @@ def gguf_file(source: HubSource, listing: Listing, quant: str) -> RepoFile:
             kind="quant_ambiguous",
         )
     return hits[0]
+
+
+def is_in_situ(listing: Listing, quant: str) -> bool:
+    """Whether *quant* is what the safetensors here become while they are loaded."""
+    has_file = _canonical(quant) in _ggufs(listing)
+    return not has_file and quant.lower() in QUANTS and _has_safetensors(listing)
 
 
 def dense_weights(source: HubSource, listing: Listing) -> RepoFile:
@@ -218,7 +227,7 @@ def _is_shard(name: object) -> bool:
 
 def _distance(wanted: str, name: str) -> tuple[float, float]:
     """How far two quants are apart: by bits, then by spelling."""
-    alike = SequenceMatcher(None, wanted.upper(), name).ratio()
+    alike = SequenceMatcher(None, wanted.upper(), name.upper()).ratio()
     return abs(_bits(wanted) - _bits(name)), 1 - alike
 
 
@@ -227,15 +236,8 @@ def _bits(quant: str) -> float:
     return float(digits[0]) if digits else 0.0
 
 
-def _no_gguf(source: HubSource, listing: Listing, quant: str) -> Unloadable:
-    if WHOLE in listing.files or INDEX in listing.files:
-        return Unloadable(
-            f"{source} has no GGUF files, and quantising safetensors to {quant} while loading is "
-            "not supported by this version: leave quant out",
-            kind="quant_unsupported",
-            requested=quant,
-        )
-    return _no_safetensors(source, listing)
+def _has_safetensors(listing: Listing) -> bool:
+    return WHOLE in listing.files or INDEX in listing.files
 
 
 def _no_safetensors(source: HubSource, listing: Listing) -> Unloadable:

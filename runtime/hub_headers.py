@@ -30,6 +30,7 @@ from cortex.runtime.hub_files import (
     describing,
     files_named,
     gguf_file,
+    is_in_situ,
     quants,
     shards,
 )
@@ -68,7 +69,7 @@ async def look(
     client: HubClient, source: HubSource, listing: Listing, quant: str | None
 ) -> RemoteModel:
     """Return which files are needed; raise Unloadable. Of the files only an index is fetched."""
-    if quant is not None:
+    if quant is not None and not is_in_situ(listing, quant):
         file = gguf_file(source, listing, quant)
         return RemoteModel(source, listing.commit, [file], quants(listing))
     weights = dense_weights(source, listing)

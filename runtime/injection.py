@@ -47,6 +47,7 @@ class FaultyFiles:
         self.examine = files.examine
         self.estimate = files.estimate
         self.read = files.read
+        self.in_situ = files.in_situ
         self.close = files.close
 
     async def fetch(self, request: LoadRequest, progress: Progress) -> Path:

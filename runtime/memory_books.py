@@ -5,12 +5,13 @@
 
 A load is judged by the room, which is fact, and placed by what is free: so two loads that arrive
 together do not both choose the device that has the most. One of which nobody knows the size is
-expected to take half of what is free when it comes.
+expected to take half of what is free when it comes. A model on several devices has its share booked
+on each; what it may take of each is the room of the fullest.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from cortex.runtime.device_process import DeviceProcess
 from cortex.runtime.foreign_use import ForeignUse
@@ -28,20 +29,20 @@ class MemoryBooks:
 
     def room_bytes(self, device: DeviceProcess) -> int:
         """Return what models may take that are not on the device yet."""
-        held = sum(
-            model.footprint.total_bytes
-            for model in self._models.values()
-            if model.device is device and model.footprint is not None
-        )
+        held = sum(model.held_bytes(device) for model in self._models.values())
         foreign = self.foreign_use(device)
         taken = 0 if foreign is None else foreign.held_bytes
         return max(0, device.spec.memory_bytes - held - taken)
+
+    def least_room(self, devices: Sequence[DeviceProcess]) -> DeviceProcess:
+        """Return the one of *devices* that has the least room: a model's shares are alike."""
+        return min(devices, key=self.room_bytes)
 
     def free_bytes(self, device: DeviceProcess) -> int:
         """Return what will be left once the loads on their way have ended."""
         left = self.room_bytes(device)
         for model in self._models.values():
-            if model.device is device and phase(model.state) is not None:
+            if device in model.devices and phase(model.state) is not None:
                 estimate = left // 2 if model.estimate_bytes is None else model.estimate_bytes
                 left -= min(estimate, left)
         return left

@@ -25,6 +25,7 @@ from cortex.runtime.hub import Hub
 from cortex.runtime.hub_cache import find_any
 from cortex.runtime.hub_files import HubSource
 from cortex.runtime.places import Places
+from cortex.runtime.served_model import InSitu
 from cortex.runtime.sources import AnySource, FileSource, Source
 from cortex.runtime.text import TextSide
 from cortex.runtime.tokenizer_cache import TokenizerCache
@@ -32,6 +33,8 @@ from cortex.runtime.tokenizer_cache import TokenizerCache
 T = TypeVar("T")
 P = ParamSpec("P")
 READERS = 2
+QUANTISED = "quantised"
+"""Directory of the cache where weights lie that were quantised while they were loaded."""
 
 
 def find(places: Places, model_id: str) -> Path | None:
@@ -77,22 +80,23 @@ class ModelFiles:
     ) -> int | None:
         """Raise Unloadable where headers and arithmetic say that the model cannot work.
 
-        Return what it would like to hold, None where only a download tells. *measured* is what an
-        earlier load held. It costs a few hundred kilobytes where the model is at a hub, and
-        downloads no weights anywhere.
+        Return what it would like to hold of each device, None where only a download tells.
+        *measured* is what an earlier load held there. It costs a few hundred kilobytes where the
+        model is at a hub, and downloads no weights anywhere.
         """
         survey = await self.survey(request)
         if survey.checkpoint is not None:
             needs = preflight.judge(survey.checkpoint, request, free_bytes, measured)
             return needs.weights_bytes + needs.context_kv_bytes
         if survey.size_bytes is not None:
-            preflight.judge_size(survey.size_bytes, free_bytes)
-        return survey.size_bytes
+            preflight.judge_size(survey.size_bytes, free_bytes, request.ranks)
+            return survey.size_bytes // request.ranks
+        return None
 
     async def estimate(
         self, request: LoadRequest, device: DeviceSpec, measured: Footprint | None = None
     ) -> Estimate | None:
-        """Return what a load would take of *device*, None where only a download tells.
+        """Return what a load would take of *device* and each other, None: only a download tells.
 
         Raise Unloadable where that is more than all of its memory, or cannot work anywhere.
         """
@@ -100,7 +104,7 @@ class ModelFiles:
         if survey.checkpoint is not None:
             return estimate_of(survey.checkpoint, request, device, measured)
         if survey.size_bytes is not None:
-            preflight.judge_size(survey.size_bytes, device.memory_bytes)
+            preflight.judge_size(survey.size_bytes, device.memory_bytes, request.ranks)
         return None
 
     async def survey(self, request: LoadRequest) -> Survey:
@@ -161,6 +165,16 @@ class ModelFiles:
     ) -> TextSide:
         """Return the text side; raise Unloadable where the model cannot work in *free_bytes*."""
         return await self._in_readers(_read, path, request, free_bytes, measured, self._tokenizers)
+
+    async def in_situ(self, path: Path, request: LoadRequest) -> InSitu | None:
+        """Return how the weights at *path* are quantised while they are loaded, None: not at all.
+
+        A GGUF file is what it is; its quant only said which.
+        """
+        if request.quant is None:
+            return None
+        kind = preflight.in_situ(await self._opened(path), request.quant)
+        return None if kind is None else InSitu(kind, self._places.cache / QUANTISED)
 
     def close(self) -> None:
         """Take no more work; what runs ends by itself."""

@@ -17,6 +17,7 @@ from cortex.ipc.node_api import (
     LoadRequest,
     ModelStatus,
     Progress,
+    Refusal,
     Servable,
 )
 from cortex.ipc.ring import TokenRecord
@@ -130,7 +131,7 @@ class LimitsView(Protocol):
 
 
 class ModelView(Protocol):
-    """One model that was asked for; footprint, limits and text are None until it is loaded."""
+    """One model that was asked for; limits and text are None until it is loaded."""
 
     @property
     def id(self) -> str:
@@ -145,8 +146,8 @@ class ModelView(Protocol):
         """Its public state."""
 
     @property
-    def footprint(self) -> Footprint | None:
-        """What it holds there."""
+    def footprints(self) -> Sequence[Footprint]:
+        """What it holds on each of its devices; empty until it is loaded."""
 
     @property
     def limits(self) -> LimitsView | None:
@@ -169,7 +170,11 @@ class ModelView(Protocol):
         """Why it failed."""
 
     @property
-    def device(self) -> DeviceView:
+    def refusal(self) -> Refusal | None:
+        """The same as a program reads it, where the load was refused."""
+
+    @property
+    def devices(self) -> Sequence[DeviceView]:
         """Where it is, or will be."""
 
     @property

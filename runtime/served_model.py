@@ -1,11 +1,13 @@
 """One model as the neuron serves it: what was asked for, how far it is, what it holds.
 
-Written by the supervisor only; read by every route.
+On several devices it is in ranks, in the order of ``devices``; the first leads: it takes all
+requests. Written by the supervisor only; read by every route.
 """
 
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,9 +18,10 @@ from cortex.ipc.errors import (
     ModelLoading,
     ModelNotFound,
     Recovering,
+    Unloadable,
 )
 from cortex.ipc.messages import EngineReport, Footprint, ModelLoaded
-from cortex.ipc.node_api import LoadRequest, ModelStatus, Progress, Servable
+from cortex.ipc.node_api import LoadRequest, ModelStatus, Progress, Refusal, Servable
 from cortex.runtime.device_conversation import Running
 from cortex.runtime.device_process import Clock, DeviceProcess
 from cortex.runtime.model_state import TRANSITIONS, On, State, after, phase, public
@@ -36,28 +39,41 @@ class Limits:
     kv_cache_tokens: int
 
 
+@dataclass(frozen=True, slots=True)
+class InSitu:
+    """Weights that become *kind* while they are loaded, and what came of it is kept in *cache*."""
+
+    kind: str
+    cache: Path
+
+
 class ServedModel:
     """A model in the supervisor's table."""
 
-    def __init__(self, request: LoadRequest, device: DeviceProcess, clock: Clock) -> None:
+    def __init__(
+        self, request: LoadRequest, devices: Sequence[DeviceProcess], clock: Clock
+    ) -> None:
         self.request = request
-        self.device = device
+        self.devices = tuple(devices)
         self.state = State.QUEUED
         self.since = clock()
         """When the state began, by the supervisor's clock."""
         self.error: ApiError | None = None
         self.path: Path | None = None
         self.text: TextSide | None = None
-        self.footprint: Footprint | None = None
+        self.quant: InSitu | None = None
+        """How its weights are quantised while they are loaded."""
+        self.footprints: tuple[Footprint, ...] = ()
+        """What it holds on each of its devices, once it is loaded."""
         self.limits: Limits | None = None
         self.bringing_up: asyncio.Task[None] | None = None
         """The task that loads it, or loads it again."""
         self.is_examined = False
         """Whether its headers were judged before its load was accepted."""
         self.estimate_bytes: int | None = None
-        """What it is expected to hold, while that is not measured; None where nobody knows."""
+        """What it is expected to hold of each device, while that is not measured; None: unknown."""
         self.is_on_device = False
-        """Whether its device was told to load it in this life, and did not refuse."""
+        """Whether its devices were told to load it in this life, and did not refuse."""
         self._clock = clock
         self._pace = Pace(clock)
         self._changed = Pulse()
@@ -68,6 +84,26 @@ class ServedModel:
         return self.request.model_id
 
     @property
+    def device(self) -> DeviceProcess:
+        """The one that leads."""
+        return self.devices[0]
+
+    @property
+    def are_devices_ready(self) -> bool:
+        """Whether all of them take commands now."""
+        return all(device.is_ready for device in self.devices)
+
+    @property
+    def places(self) -> str:
+        """The names of its devices, for the log and for people."""
+        return ", ".join(device.spec.name for device in self.devices)
+
+    def held_bytes(self, device: DeviceProcess) -> int:
+        """Return what it has been measured to hold on *device*."""
+        held = zip(self.devices, self.footprints, strict=False)
+        return sum(footprint.total_bytes for place, footprint in held if place is device)
+
+    @property
     def status(self) -> ModelStatus:
         """The public name of the state."""
         return public(self.state)
@@ -76,6 +112,14 @@ class ServedModel:
     def failure(self) -> str | None:
         """Why it failed, in words."""
         return None if self.error is None else str(self.error)
+
+    @property
+    def refusal(self) -> Refusal | None:
+        """What it could not be loaded for, as a program reads it; None for any other failure."""
+        if not isinstance(self.error, Unloadable):
+            return None
+        facts = dict(self.error.extras)
+        return Refusal(facts.pop("kind"), facts)
 
     @property
     def running(self) -> list[Running]:
@@ -99,8 +143,8 @@ class ServedModel:
     @property
     def servable(self) -> Servable:
         """What a request would meet."""
-        if self.state is not State.FAILED and self.device.is_poisoned:
-            return Servable(ok=False, reason="device_poisoned", detail=self.device.failure)
+        if self.state is not State.FAILED and (lost := self._poisoned()):
+            return Servable(ok=False, reason="device_poisoned", detail=lost.failure)
         if self.state is State.LOADED:
             return Servable(ok=True)
         return Servable(ok=False, reason=self.status, detail=self.failure)
@@ -110,9 +154,12 @@ class ServedModel:
         if self.state is State.LOADED:
             return
         if self.state is State.RECOVERING:
-            self.device.refuse_if_lost_for_good()
+            for device in self.devices:
+                device.refuse_if_lost_for_good()
+            lost = [device.spec.name for device in self.devices if not device.is_ready]
             raise Recovering(
-                f"model {self.id!r} is loaded again: its device {self.device.spec.name} restarts",
+                f"model {self.id!r} is loaded again: its device "
+                f"{' and '.join(lost) or self.places} restarts",
                 retry_after_seconds=2,
             )
         if self.progress is not None:
@@ -126,7 +173,10 @@ class ServedModel:
         """Raise LoadedDifferently unless *request* asks for what this model is."""
         asked, got = _comparable(request), _comparable(self.request)
         differing = [name for name, value in asked.items() if value != got[name]]
-        if request.devices is not None and request.devices != [self.device.spec.index]:
+        there = [device.spec.index for device in self.devices]
+        if request.ranks != len(there):
+            differing.append("tensor_parallel")
+        elif request.devices is not None and sorted(request.devices) != there:
             differing.append("devices")
         if differing:
             raise LoadedDifferently(
@@ -175,15 +225,15 @@ class ServedModel:
     def fail(self, error: ApiError) -> None:
         """Record why it failed."""
         self.error = error
-        self.footprint = self.text = None
+        self.footprints, self.text = (), None
         self.is_on_device = False
         self.advance(On.FAILED)
 
-    def settle(self, loaded: ModelLoaded) -> None:
-        """Record what the device made of it."""
-        self.footprint = loaded.footprint
+    def settle(self, loaded: Sequence[ModelLoaded]) -> None:
+        """Record what each device made of it; their limits agree."""
+        self.footprints = tuple(answer.footprint for answer in loaded)
         self.limits = Limits(
-            loaded.max_context_tokens, loaded.max_sequences, loaded.kv_cache_tokens
+            loaded[0].max_context_tokens, loaded[0].max_sequences, loaded[0].kv_cache_tokens
         )
         self.advance(On.LOADED)
 
@@ -192,12 +242,15 @@ class ServedModel:
         await self._changed.until(
             lambda: (
                 self.state in {State.LOADED, State.FAILED, State.UNLOADING}
-                or (self.state is State.RECOVERING and self.device.is_poisoned)
+                or (self.state is State.RECOVERING and self._poisoned() is not None)
             )
         )
         if self.error is not None:
             raise self.error
         self.refuse_unless_loaded()
+
+    def _poisoned(self) -> DeviceProcess | None:
+        return next((device for device in self.devices if device.is_poisoned), None)
 
 
 def not_loaded(model_id: str, failure: str | None = None) -> ModelNotFound:
@@ -214,7 +267,6 @@ def _comparable(request: LoadRequest) -> dict[str, object]:
     return {
         "quant": request.quant.upper() if request.quant else None,
         "dtype": request.dtype,
-        "tensor_parallel": request.tensor_parallel or 1,
         "max_context_tokens": request.max_context_tokens,
         "kv_cache_mb": request.kv_cache_mb,
         "max_sequences": request.max_sequences,

@@ -4,7 +4,8 @@
     models      a table by id (``served_model.py``); loads queue up, one at a time per device
 
 A device that is lost takes its generations with it and makes its models RECOVERING; when it is
-ready again they are loaded again, as they were. Every task lives in one TaskGroup: what goes wrong
+ready again they are loaded again, as they were. The devices that share a model with it are ended
+with it (``device_groups.py``). Every task lives in one TaskGroup: what goes wrong
 with a model or a device is recorded there, and an exception that nobody expected ends the daemon
 with its traceback instead of being lost.
 """
@@ -30,7 +31,7 @@ from cortex.ipc.taps import Tap
 from cortex.runtime import device_state
 from cortex.runtime.admission import shutting_down
 from cortex.runtime.config import DeviceSpec
-from cortex.runtime.device_choice import choose_device, largest_device
+from cortex.runtime.device_choice import Group, choose_devices, largest_devices
 from cortex.runtime.device_conversation import Running
 from cortex.runtime.device_life import DeviceLife, Life
 from cortex.runtime.device_process import Clock, DeviceProcess
@@ -104,6 +105,7 @@ class Supervisor:
 
     async def __aenter__(self) -> Self:
         self._exits.callback(self._files.close)
+        self._exits.callback(self._loads.groups.close)
         if self._begin_life is None:
             self._begin_life = self._real_lives()
         await self._tasks.__aenter__()
@@ -136,13 +138,12 @@ class Supervisor:
         if known := self._known(request):
             return known
         self._files.refuse(request)
-        device = choose_device(request, self.devices, self.memory.free_bytes)
-        verdict = await self._loads.examine_soon(request, device)
+        verdict = await self._loads.examine_soon(request, self._choose(request))
         self._refuse_while_draining()
         if known := self._known(request):  # another load of it was faster
             return known
-        device = choose_device(request, self.devices, self.memory.free_bytes)  # as it is by now
-        model = self._models[request.model_id] = ServedModel(request, device, self._clock)
+        devices = self._choose(request)  # as it is by now
+        model = self._models[request.model_id] = ServedModel(request, devices, self._clock)
         model.is_examined, model.estimate_bytes = verdict.is_final, verdict.estimate_bytes
         model.bringing_up = self._tasks.create_task(self._loads.bring_up(model))
         return model
@@ -150,10 +151,10 @@ class Supervisor:
     async def estimate(self, request: LoadRequest) -> LoadEstimate:
         """Return what a load would take, whatever is loaded; raise Unloadable as ``load`` would.
 
-        It is judged by the whole memory of the largest device, because room can be made.
+        It is judged by the whole memory of the largest devices, because room can be made.
         """
         self._files.refuse(request)
-        return await self._loads.estimate(request, largest_device(request, self.devices))
+        return await self._loads.estimate(request, largest_devices(request, self.devices))
 
     async def loaded(self, model_id: str) -> ServedModel:
         """Return the model once it is loaded; raise what it failed with, ModelNotFound if gone."""
@@ -174,7 +175,8 @@ class Supervisor:
     async def restart_device(self, index: int, force: bool = False) -> None:
         """Give a device a new process and wait for it; raise Conflict while busy, unless *force*.
 
-        Its models are loaded again. A device that was given up is tried anew.
+        Its models are loaded again; devices that share one with it begin anew with it. A device
+        that was given up is tried anew.
         """
         self._refuse_while_draining()
         device = next((device for device in self.devices if device.spec.index == index), None)
@@ -233,6 +235,17 @@ class Supervisor:
             running.fail(ShuttingDown("the neuron stops and this request took too long"))
         self._give_up_loads()
 
+    def _choose(self, request: LoadRequest) -> list[DeviceProcess]:
+        return choose_devices(request, self.devices, self.memory.free_bytes, self._groups())
+
+    def _groups(self) -> set[Group]:
+        """Return the groups that models use, or are about to."""
+        return {
+            tuple(device.spec.index for device in model.devices)
+            for model in self._models.values()
+            if len(model.devices) > 1 and model.state is not State.FAILED
+        }
+
     def _running(self) -> list[Running]:
         return [running for device in self.devices for running in device.running]
 
@@ -257,15 +270,15 @@ class Supervisor:
             raise shutting_down()
 
     def _refuse_while_busy(self, device: DeviceProcess) -> None:
-        running = len(device.running)
-        moving = [
-            model.id
-            for model in self._models.values()
-            if model.device is device and model.state in {State.LOADING, State.UNLOADING}
-        ]
+        there = self._models_on(device)
+        running = sum(len(model.running) for model in there)
+        moving = [model.id for model in there if model.state in {State.LOADING, State.UNLOADING}]
         if running or moving:
             what = f"{running} requests run" if running else f"{', '.join(moving)} is on the way"
             raise Conflict(f"device {device.spec.name} is busy: {what}; wait, or use force")
+
+    def _models_on(self, device: DeviceProcess) -> list[ServedModel]:
+        return [model for model in self._models.values() if device in model.devices]
 
     def _begin(self, spec: DeviceSpec, ids: itertools.count[int]) -> Life:
         assert self._begin_life is not None, "devices live inside the supervisor's context"
@@ -292,7 +305,7 @@ class Supervisor:
         error = await self._loads.take_off(model)
         if error is None:
             del self._models[model.id]
-            _log.info("model unloaded", model=model.id, device=model.device.spec.name)
+            _log.info("model unloaded", model=model.id, device=model.places)
         return error
 
     def _give_up_loads(self) -> None:
@@ -305,14 +318,24 @@ class Supervisor:
 
     async def _stop(self) -> None:
         self._give_up_loads()
-        await asyncio.gather(*(device.stop(STOP_GRACE_SECONDS) for device in self.devices))
+        followers = {device for group in self._groups() for device in self._led(group)}
+        leaders = [device for device in self.devices if device not in followers]
+        for devices in (leaders, followers):  # a leader may still need them for its last step
+            await asyncio.gather(*(device.stop(STOP_GRACE_SECONDS) for device in devices))
+
+    def _led(self, group: Group) -> list[DeviceProcess]:
+        return [device for device in self.devices if device.spec.index in group[1:]]
 
     def _device_changed(self, device: DeviceProcess, before: device_state.State) -> None:
-        was_ready = before is device_state.State.READY
-        models = [model for model in self._models.values() if model.device is device]
+        is_lost = before is device_state.State.READY and not device.is_ready
+        models = self._models_on(device)
+        if is_lost and device.state != "stopped":
+            is_used = any(len(model.devices) > 1 and model.is_on_device for model in models)
+            self._loads.groups.lost(device, is_used=is_used)
         for model in models:
-            if was_ready and not device.is_ready:
+            if is_lost:
                 model.lose_device()
             model.look_again()
-            if model.state is State.RECOVERING and device.is_ready and not self.is_draining:
+            is_back = model.are_devices_ready and not self.is_draining
+            if model.state is State.RECOVERING and is_back:
                 model.bringing_up = self._tasks.create_task(self._loads.recover(model))

@@ -87,12 +87,11 @@ class Traffic:
         )
 
     def _kv_mb(self) -> tuple[int, int]:
-        """Return the KV cache's megabytes, and those that no sequence holds."""
-        footprint, room = self.model.footprint, self.room()
-        if footprint is None or room is None or not room.total_tokens:
+        """Return the KV cache's megabytes, on all devices, and those that no sequence holds."""
+        kv_bytes, room = sum(held.kv_bytes for held in self.model.footprints), self.room()
+        if room is None or not room.total_tokens:
             return 0, 0
-        free_bytes = footprint.kv_bytes * room.free_tokens // room.total_tokens
-        return footprint.kv_bytes // MIB, free_bytes // MIB
+        return kv_bytes // MIB, kv_bytes * room.free_tokens // room.total_tokens // MIB
 
 
 class Traffics:

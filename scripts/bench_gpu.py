@@ -1,10 +1,12 @@
 """Time steps of large models on a GPU, with random weights: a table, and JSON.
 
-A decode step cannot be faster than reading its weights and its keys and values once: "share" is
-that time, by the bandwidth of a device copy measured in the same rounds, of the time it took. Each
-row is timed in interleaved rounds, ours and then transformers' with a static cache, on the same
-weights; "ratio" is transformers' time by ours, round by round: minimum, median, maximum. Decoding
-includes choosing the likeliest token; ours also brings every token to the host, as a server must.
+A decode step cannot be faster than reading its weights, of experts those that are chosen, and its
+keys and values once, and reading and writing its recurrent states: "share" is that time, by the
+bandwidth of a device copy measured in the same rounds, of the time it took. Each row is timed in
+interleaved rounds, ours and then transformers' with a static cache, on the same weights; "ratio" is
+transformers' time by ours, round by round: minimum, median, maximum. Decoding includes choosing the
+likeliest token; ours also brings every token to the host, as a server must. Beside transformers are
+dense models of 16 bits without recurrent layers.
 
 What does not fit into the device's memory, or into the time given, is left out, and said so.
 Nothing is read from disk or network. Without a GPU, --device cpu --shapes tiny shows that the
@@ -24,12 +26,12 @@ from typing import Any
 
 import torch
 from gpu_peer import Peer
-from random_models import SHAPES, random_model, read_bytes
+from random_models import SCALES, SHAPES, random_model, read_bytes, state_bytes
 
 from cortex.ipc.messages import SamplingParams
 from cortex.models.execution import Execution
 from cortex.models.kernels.cuda_attention import Unavailable
-from cortex.models.weights import LoadedModel
+from cortex.models.loaded_model import LoadedModel
 from cortex.runtime.device.async_runner import AsyncRunner
 from cortex.runtime.device.cuda import reclaim
 from cortex.runtime.device.model_runner import BLOCK_TOKENS, ModelRunner, kv_bytes_per_token
@@ -42,6 +44,7 @@ GIB = 2**30
 COPY_BYTES = {"cuda": GIB, "cpu": 2**26}
 SLACK_BYTES = 4 * GIB
 """Of a GPU, for what steps take beside weights and cache."""
+WEIGHTS = ("bf16", *(kind.lower() for kind in SCALES), "fp8")
 STEPS = 32
 """Decode steps of one timing."""
 GREEDY = SamplingParams(temperature=0.0, max_tokens=1, seed=0)
@@ -126,7 +129,8 @@ def _arguments() -> argparse.Namespace:
     )
     add = parser.add_argument
     add("--device", default="cuda:0", help="cuda:N, or cpu (default cuda:0)")
-    add("--shapes", type=several(shape), default=["0.6b", "8b", "32b"], help=", ".join(SHAPES))
+    add("--shapes", type=several(shape), default=["0.6b", "8b", "27b"], help=", ".join(SHAPES))
+    add("--weights", choices=WEIGHTS, default="bf16", help="type of stored weights (default bf16)")
     add("--batches", type=several(int), default=[1, 8, 32], help="sequences (default 1,8,32)")
     add("--contexts", type=several(int), default=[128, 2048, 8192], help="(default 128,2048,8192)")
     add("--prompts", type=several(int), default=[512, 2048], help="tokens (default 512,2048)")
@@ -153,15 +157,20 @@ def _measured(
         asked.attention, is_batch_invariant=asked.batch_invariant, has_graphs=not asked.eager
     )
     try:
-        model = random_model(shape, device, dtype, execution)
+        stored = None if asked.weights == "bf16" else asked.weights.upper()
+        model = random_model(shape, device, dtype, execution, stored)
     except torch.OutOfMemoryError:
         yield from ((cell, {"left out": "the weights do not fit"}) for cell in cells)
         return
-    caches = 1 if asked.peer == "none" else 2
+    peer_mode = asked.peer
+    if peer_mode != "none" and (stored or shape["model_type"] != "qwen3"):
+        print("transformers is left out: not a dense model of 16 bits", file=sys.stderr)
+        peer_mode = "none"
+    caches = 1 if peer_mode == "none" else 2
     room = _free_bytes(device) // caches // (kv_bytes_per_token(model) * BLOCK_TOKENS)
     fitting = [cell for cell in cells if cell.blocks <= room]
     ours = Ours(model, fitting)
-    peer = None if asked.peer == "none" else Peer(model, shape, is_compiled=asked.peer == "compile")
+    peer = None if peer_mode == "none" else Peer(model, shape, is_compiled=peer_mode == "compile")
     for cell in cells:
         if cell not in fitting:
             yield cell, {"left out": "its keys and values do not fit"}
@@ -173,8 +182,8 @@ def _measured(
             except torch.OutOfMemoryError:
                 yield cell, {"left out": "out of memory"}
                 continue
-            least = (read_bytes(model, shape), kv_bytes_per_token(model))
-            yield cell, summary(cell, rounds, *least)
+            least = read_bytes(model, shape, cell.tokens) + cell.sequences * state_bytes(model)
+            yield cell, summary(cell, rounds, least, kv_bytes_per_token(model))
 
 
 def _free_bytes(device: torch.device) -> int:
@@ -214,9 +223,10 @@ class Ours:
 
     def __init__(self, model: LoadedModel, cells: Sequence[Cell]) -> None:
         self.model = model
-        self._cache = model.new_cache(max((c.blocks for c in cells), default=1), BLOCK_TOKENS)
         kind = AsyncRunner if model.device.type == "cuda" else ModelRunner
         sequences = max((cell.sequences for cell in cells), default=1)
+        blocks = max((cell.blocks for cell in cells), default=1)
+        self._cache = model.new_cache(blocks, BLOCK_TOKENS, sequences)
         self._runner = kind(model, self._cache, model.device, max_sequences=sequences)
 
     def seconds(self, cell: Cell) -> float:
@@ -265,6 +275,7 @@ def _plan(cell: Cell, first: int, token_ids: list[int], *, is_last: bool = True)
                 block_table=list(range(index * each, (index + 1) * each)),
                 is_last=is_last,
                 sampling=GREEDY,
+                state_slot=index,
             )
             for index in range(cell.sequences)
         ]
@@ -297,7 +308,7 @@ def synchronize(device: torch.device) -> None:
 def summary(
     cell: Cell, rounds: Sequence[Round], weights_bytes: int, kv_bytes: int
 ) -> dict[str, float]:
-    """Return what the table shows; *weights_bytes* a step reads, *kv_bytes* for each position."""
+    """Return what the table shows; *weights_bytes* a step moves, *kv_bytes* for each position."""
     seconds = statistics.median(each.ours for each in rounds)
     bandwidth = statistics.median(each.bandwidth for each in rounds)
     found = {

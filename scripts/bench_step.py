@@ -27,7 +27,8 @@ from cortex.ipc.errors import Unloadable
 from cortex.ipc.messages import SamplingParams
 from cortex.ipc.node_api import EMBEDDED_MODEL
 from cortex.models.kernels.program import Program
-from cortex.models.weights import LoadedModel, load_model
+from cortex.models.loaded_model import LoadedModel
+from cortex.models.weights import load_model
 from cortex.runtime.config import NeuronConfig
 from cortex.runtime.device.model_runner import BLOCK_TOKENS, make_batch
 from cortex.runtime.device.step_plan import PlannedSequence, StepPlan

@@ -10,7 +10,7 @@ import torch
 from random_models import as_transformers
 from torch import Tensor
 
-from cortex.models.weights import LoadedModel
+from cortex.models.loaded_model import LoadedModel
 
 
 class Peer:
@@ -41,7 +41,7 @@ class Peer:
         cache = StaticCache(config=self._theirs.config, max_cache_len=tokens)
         model = self._model
         cache.early_initialization(
-            sequences, model.num_kv_heads, model.head_dim, model.kv_dtype, model.device
+            sequences, model.caches.kv_heads, model.caches.head_dim, model.kv_dtype, model.device
         )
         return cache
 

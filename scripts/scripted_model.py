@@ -18,9 +18,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cortex.models.batch import Batch, KVCache
+from cortex.models.batch import Batch, CacheShape, KVCache
 from cortex.models.checkpoints.gguf import GGUFFile
-from cortex.models.execution import Execution
 from cortex.runtime.device import main as device_main
 from cortex.runtime.tokenizer import Tokenizer
 
@@ -185,21 +184,23 @@ def _behind_last(tokens: list[int], wanted: list[int]) -> int:
     return len(tokens)
 
 
+ONE_LAYER = CacheShape(layers=1, kv_heads=1, head_dim=1)
+
+
 @dataclass
 class ScriptedModel:
     """A loaded model of one layer with a cache of 8 bytes a token."""
 
     module: ScriptedModule
     vocab_size: int
-    num_layers: int = 1
-    num_kv_heads: int = 1
-    head_dim: int = 1
+    caches: CacheShape = ONE_LAYER
     kv_dtype: torch.dtype = torch.float32
     max_position_embeddings: int = CONTEXT_TOKENS
     weights_bytes: int = 1000
 
-    def new_cache(self, blocks: int, block_tokens: int) -> KVCache:
+    def new_cache(self, blocks: int, block_tokens: int, state_slots: int = 0) -> KVCache:
         """Return an empty cache."""
+        del state_slots
         keys, values = (torch.zeros(blocks, block_tokens, 1, 1) for _ in range(2))
         return KVCache(keys=[keys], values=[values], block_tokens=block_tokens)
 
@@ -215,10 +216,10 @@ def load_model(
     device: torch.device,
     dtype: str,
     on_progress: Callable[[int, int], None],
-    execution: Execution,
+    **rest: object,
 ) -> ScriptedModel:
     """Return a scripted model in place of the GGUF at *path*."""
-    del device, dtype, execution
+    del device, dtype, rest
     on_progress(1, 1)
     tokenizer = Tokenizer.from_gguf(GGUFFile.open(path))
     return ScriptedModel(ScriptedModule(tokenizer, tokenizer.vocab_size), tokenizer.vocab_size)

@@ -16,7 +16,7 @@ from torch import Tensor
 from cortex.ipc.engine_options import EngineOptions
 from cortex.ipc.messages import Generate, SamplingParams
 from cortex.models.batch import Batch, KVCache
-from cortex.models.weights import LoadedModel
+from cortex.models.loaded_model import LoadedModel
 from cortex.runtime.device.engine import Engine
 from cortex.runtime.device.memory import Limits
 from cortex.runtime.device.model_runner import BLOCK_TOKENS, ModelRunner, ServableModel

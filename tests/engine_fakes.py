@@ -3,6 +3,9 @@
 ``RecallingModule`` computes the next token from every token and position of its sequence, *as it
 finds them in the paged cache*: a wrong block table, slot or position, or a chunk that was left out,
 changes what it says. ``next_token`` is the same arithmetic on a plain list.
+
+``RecurrentModule`` says the same, and keeps a state in its slot beside the cache: where that is not
+what the cache tells, because a token was applied to it twice, say, it says something else.
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,9 +36,10 @@ from cortex.ipc.messages import (
     ModelLoaded,
     SamplingParams,
 )
+from cortex.ipc.post import Letters
 from cortex.ipc.ring import Flag, TokenConsumer, TokenProducer, TokenRecord, TokenRing
 from cortex.ipc.taps import Tap
-from cortex.models.batch import Batch, KVCache
+from cortex.models.batch import Batch, CacheShape, KVCache, RecurrentState, StateShape
 from cortex.models.checkpoints.pooling import Pooling
 from cortex.models.execution import DEFAULT, Execution
 from cortex.runtime.device.cuda import measured_free_bytes
@@ -45,6 +50,8 @@ from cortex.runtime.device.model_runner import ServableModel
 
 VOCABULARY = 97
 HIDDEN = 3
+PRIME = 65521
+ATTENTION = CacheShape(layers=1, kv_heads=1, head_dim=1)
 UNHEALTHY_TOKEN = 96
 """A prompt that ends with it gets NaN for logits."""
 
@@ -123,6 +130,10 @@ class RecallingModule(nn.Module):
 
     def _said(self, batch: Batch, index: int) -> int | None:
         """Return what comes after a token of the batch; None where it is UNHEALTHY_TOKEN."""
+        total = self._total(batch, index)
+        return None if total is None else total % self.variety
+
+    def _total(self, batch: Batch, index: int) -> int | None:
         sequence = int((batch.query_starts <= index).sum()) - 1
         block_tokens = batch.cache.block_tokens
         at = torch.arange(int(batch.positions[index]) + 1, device=batch.slots.device)
@@ -131,7 +142,36 @@ class RecallingModule(nn.Module):
         positions = batch.cache.values[0].view(-1)[slots].long()
         if int(tokens[-1]) == UNHEALTHY_TOKEN or self.poison in tokens.tolist():
             return None
-        return int(((tokens + 1) * (positions + 1)).sum()) % self.variety
+        return int(((tokens + 1) * (positions + 1)).sum())
+
+
+class RecurrentModule(RecallingModule):
+    """Its state is how many tokens came before, and their sum as ``next_token`` weighs them.
+
+    An error is raised after the step has changed the states, as one in a later layer would be.
+    """
+
+    def _write(self, batch: Batch) -> None:
+        state, slots = batch.cache.states[0], batch.state_slots
+        assert slots is not None, "the cache has states"
+        ends = batch.query_starts.tolist()
+        self._states: list[tuple[int, int]] = []  # after each token of the batch
+        for slot, begin, end in zip(slots.tolist(), ends, ends[1:], strict=False):
+            count, total = int(state.conv[slot]), int(state.delta[slot])
+            if not int(batch.positions[begin]):
+                count, total = 0, 0
+            for token in batch.token_ids[begin:end].tolist():
+                count, total = count + 1, (total + (token + 1) * (count + 1)) % PRIME
+                self._states.append((count, total))
+            state.conv[slot], state.delta[slot] = count, total
+        super()._write(batch)
+
+    def _said(self, batch: Batch, index: int) -> int | None:
+        total = self._total(batch, index)
+        if total is None:
+            return None
+        is_right = self._states[index] == (int(batch.positions[index]) + 1, total % PRIME)
+        return (total + (not is_right)) % self.variety
 
 
 @dataclass
@@ -139,23 +179,34 @@ class FakeModel:
     """A loaded model around a RecallingModule: 8 bytes of cache per token."""
 
     module: RecallingModule = field(default_factory=RecallingModule)
-    num_layers: int = 1
-    num_kv_heads: int = 1
-    head_dim: int = 1
+    caches: CacheShape = ATTENTION
     kv_dtype: torch.dtype = torch.float32
     vocab_size: int = VOCABULARY
     max_position_embeddings: int = 2048
     weights_bytes: int = 1000
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
 
-    def new_cache(self, blocks: int, block_tokens: int) -> KVCache:
+    def new_cache(self, blocks: int, block_tokens: int, state_slots: int = 0) -> KVCache:
         shape = (blocks, block_tokens, 1, 1)
         keys, values = (torch.full(shape, -1.0, device=self.device) for _ in range(2))
-        return KVCache(keys=[keys], values=[values], block_tokens=block_tokens)
+        conv = torch.full((state_slots, 1, 1), -1.0, device=self.device)
+        state = RecurrentState(conv, conv.clone().unsqueeze(1))
+        return KVCache(
+            keys=[keys],
+            values=[values],
+            block_tokens=block_tokens,
+            states=[state] if self.caches.state else [],
+        )
 
     def recorded(self, cache: KVCache, max_sequences: int) -> Callable[[Batch], Tensor]:
         del cache, max_sequences
         return self.module
+
+
+def recurrent_model(variety: int = UNHEALTHY_TOKEN) -> FakeModel:
+    """Return one whose states take 8 bytes a slot."""
+    shape = StateShape(layers=1, channels=1, kernel=2, heads=1, key_dim=1, value_dim=1)
+    return FakeModel(RecurrentModule(variety), CacheShape(1, 1, 1, shape))
 
 
 class FakeLoad:
@@ -179,7 +230,9 @@ class FakeLoad:
         dtype: str,
         on_progress: Callable[[int, int], None],
         execution: Execution = DEFAULT,
+        **rest: object,
     ) -> ServableModel:
+        self.rest = rest
         self.executions.append(execution)
         self.asked.append((device.type, dtype))
         self.started.set()
@@ -238,6 +291,7 @@ class DeviceBench:
         ring_capacity: int = 1024,
         device: str = "cpu",
         tap: Tap | None = None,
+        letters: Letters | None = None,
     ) -> None:
         place = torch.device(device)
         self.ring = TokenRing(ring_capacity)
@@ -256,6 +310,7 @@ class DeviceBench:
             loader=self.loader,
             memory=self.memory,
             tap=tap or Tap(None, device),
+            letters=letters,
             beat=self.beats.append,
         )
         self.records: list[TokenRecord] = []
@@ -281,7 +336,7 @@ class DeviceBench:
         self.run_until(lambda: bool(self.answers(command.command_id)))
         return self.answers(command.command_id)[0]
 
-    def load(self, model: str, **limits: int | None) -> Event:
+    def load(self, model: str, **limits: Any) -> Event:
         """Load *model* and return the answer."""
         return self.ask(LoadModel(self.command_id(), model, f"/{model}", "auto", **limits))
 

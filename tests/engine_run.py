@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import msgspec
 import torch
@@ -17,11 +17,11 @@ from cortex.models.checkpoints.pooling import Pooling
 from cortex.runtime.device.engine import DEFAULT_OPTIONS, Engine
 from cortex.runtime.device.grammar import Grammars
 from cortex.runtime.device.memory import Limits
-from cortex.runtime.device.model_runner import Launched, ModelRunner
+from cortex.runtime.device.model_runner import Launched, ModelRunner, Runner
 from cortex.runtime.device.row import Chosen, Row
 from cortex.runtime.device.sequence import UNKNOWN
 from cortex.runtime.device.step_plan import PlannedSequence, StepPlan
-from engine_fakes import UNHEALTHY_TOKEN, FakeModel, RecallingModule, greedy
+from engine_fakes import UNHEALTHY_TOKEN, FakeModel, RecallingModule, greedy, recurrent_model
 
 Top = tuple[int, float]
 
@@ -38,6 +38,7 @@ class LateRunner:
         self.vocab_size = runner.vocab_size
         self.launches: list[_Late] = []
         self._runner = runner
+        self._has_states = bool(runner._cache.states)
 
     def launch(self, plan: StepPlan, rows: Sequence[Row]) -> Launched:
         before = self.launches[-1] if self.launches else None
@@ -45,6 +46,8 @@ class LateRunner:
         return self.launches[-1]
 
     def hidden(self, plan: StepPlan) -> Tensor:
+        for late in self.launches[-2:] if self._has_states else []:
+            late.compute()  # what this one changes comes after what they read
         return self._runner.hidden(plan)
 
 
@@ -57,17 +60,32 @@ class _Late:
         self._rows = rows
         self._before = before
         self._chosen: list[Chosen] | None = None
+        self._error: Exception | None = None
 
     def result(self) -> list[Chosen]:
-        if self._chosen is None:
-            sequences = [self._with_known(planned) for planned in self._plan.sequences]
-            self._before = None
-            self._chosen = self._runner.launch(StepPlan(sequences), self._rows).result()
+        self.compute()
+        if self._error:
+            raise self._error
+        assert self._chosen is not None, "it has come to an end"
         return self._chosen
 
+    def compute(self) -> None:
+        if self._chosen is not None or self._error is not None:
+            return
+        try:
+            sequences = [self._with_known(planned) for planned in self._plan.sequences]
+            self._before = None
+            plan = msgspec.structs.replace(self._plan, sequences=sequences)
+            self._chosen = self._runner.launch(plan, self._rows).result()
+        except Exception as exc:  # noqa: BLE001 - it is told with the result
+            self._error = exc
+
     def last_token(self, sequence_id: int) -> int:
-        """Return what a sequence was given in this step."""
-        chosen = iter(self.result())
+        """Return what a sequence was given in this step, or anything where it failed."""
+        self.compute()
+        if self._chosen is None:
+            return 0
+        chosen = iter(self._chosen)
         last = {p.sequence_id: [next(chosen) for _ in range(p.rows)] for p in self._plan.sampled}
         return last[sequence_id][-1].token_id or 0
 
@@ -90,19 +108,29 @@ class Run:
         budget: int = 512,
         context: int = 2048,
         variety: int = UNHEALTHY_TOKEN,
+        snapshots: int | None = None,
+        special_ids: frozenset[int] = frozenset(),
         runs_ahead: bool = False,
         options: EngineOptions = DEFAULT_OPTIONS,
         grammars: Grammars | None = None,
+        wrapped: Callable[[Runner], Runner] = lambda runner: runner,
     ) -> None:
-        self.model = FakeModel(RecallingModule(variety))
-        runner = ModelRunner(self.model, self.model.new_cache(blocks, 16), torch.device("cpu"))
+        """The model has recurrent states where there are *snapshots*, beside one for each seat.
+
+        The engine's runner is *wrapped*.
+        """
+        slots = 0 if snapshots is None else seats + snapshots
+        self.model = recurrent_model(variety) if slots else FakeModel(RecallingModule(variety))
+        self.cache = self.model.new_cache(blocks, 16, slots)
+        runner = ModelRunner(self.model, self.cache, torch.device("cpu"))
         self.engine = Engine(
             "m",
-            LateRunner(runner) if runs_ahead else runner,
-            Limits(context, seats, blocks, 0),
+            wrapped(LateRunner(runner) if runs_ahead else runner),
+            Limits(context, seats, blocks, 0, state_slots=slots),
             token_budget=budget,
             options=options,
             grammars=grammars,
+            special_ids=special_ids,
         )
         self.steps = self.drafted = self.accepted = 0
         self.tokens: dict[int, list[int]] = {}

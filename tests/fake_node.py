@@ -31,6 +31,7 @@ from cortex.ipc.node_api import (
     LoadRequest,
     ModelStatus,
     Progress,
+    Refusal,
     Servable,
 )
 from cortex.ipc.ring import Flag, TokenRecord
@@ -146,12 +147,13 @@ class FakeModel:
     """A model in whatever state the test wants."""
 
     request: LoadRequest
-    device: FakeDevice
+    devices: list[FakeDevice]
     status: ModelStatus = "loaded"
     progress: Progress | None = None
     failure: str | None = None
-    footprint: Footprint | None = field(
-        default_factory=lambda: Footprint(93 * MIB, 40 * MIB, 5 * MIB)
+    refusal: Refusal | None = None
+    footprints: list[Footprint] = field(
+        default_factory=lambda: [Footprint(93 * MIB, 40 * MIB, 5 * MIB)]
     )
     limits: Limits | None = field(default_factory=lambda: Limits(512, 8, 1024))
     engine: EngineReport | None = None
@@ -252,7 +254,7 @@ class FakeNode:
         self.load_may_end.set()
         self.new_models_are: ModelStatus = "loading"
         for model_id in model_ids:
-            self.models[model_id] = FakeModel(LoadRequest(model_id), self.devices[0])
+            self.models[model_id] = FakeModel(LoadRequest(model_id), self.devices[:1])
 
     def free_bytes(self, index: int) -> int:
         """Return its whole budget, whatever is loaded."""
@@ -261,7 +263,7 @@ class FakeNode:
     async def load(self, request: LoadRequest) -> FakeModel:
         """Queue it."""
         self._act("load", request)
-        new = FakeModel(request, self.devices[0], status=self.new_models_are)
+        new = FakeModel(request, self.devices[:1], status=self.new_models_are)
         return self.models.setdefault(request.model_id, new)
 
     async def estimate(self, request: LoadRequest) -> LoadEstimate:

@@ -26,6 +26,7 @@ from cortex.ipc.node_api import (
     ModelLoad,
     ModelStatus,
     Progress,
+    Refusal,
     Servable,
 )
 from cortex.ipc.requests import decode_object
@@ -64,6 +65,7 @@ class FakeModel:
     in_flight: int = 0
     queue_depth: int = 0
     failure: str | None = None
+    refusal: Refusal | None = None
     output: int | None = None
     capabilities: list[str] = field(default_factory=list)
     tool_call: bool = False
@@ -85,6 +87,7 @@ class FakeModel:
             reasoning=self.reasoning,
             progress=Progress("downloading", 40, 100) if loading else None,
             failure=self.failure,
+            refusal=self.refusal,
         )
 
 
@@ -154,6 +157,7 @@ class FakeNeuron:
         self.refuses_load: ApiError | None = None
         self.refuses_restart: ApiError | None = None
         self.fails_load: str | None = None
+        self.fails_load_with: Refusal | None = None
         self.is_out_of_order = False
         self.cached_models: set[str] = set()
         self.received: list[Received] = []
@@ -249,7 +253,7 @@ class FakeNeuron:
         for model in self.models.values():
             if model.status == "loading" and self.may_load.is_set():
                 model.status = "failed" if self.fails_load else "loaded"
-                model.failure = self.fails_load
+                model.failure, model.refusal = self.fails_load, self.fails_load_with
         return _json([model.info() for model in self.models.values()])
 
     async def _polled(self, request: web.Request) -> None:

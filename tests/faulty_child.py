@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 
-from cortex.models.execution import Execution
 from cortex.runtime.device import main as device_main
 from cortex.runtime.device.model_runner import ServableModel
 from engine_fakes import FakeModel
@@ -23,7 +22,7 @@ def load_model(
     device: torch.device,
     dtype: str,
     on_progress: Callable[[int, int], None],
-    execution: Execution,
+    **rest: object,
 ) -> ServableModel:
     """Return a new model."""
     for part in range(3):

@@ -123,9 +123,10 @@ class MemoryNeuron(FakeNeuron):
                 Unloadable(
                     f"it needs {share} MB, and {room} are free",
                     kind="insufficient_memory",
-                    weights_bytes=share * len(devices) * MIB,
+                    weights_bytes=share * MIB,
                     kv_bytes=0,
                     memory_bytes=room * MIB,
+                    ranks=len(devices),
                 )
             )
         if self.refuses_load is None:

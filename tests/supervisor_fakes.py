@@ -1,6 +1,7 @@
 """What stands behind a supervisor, doubled: no processes, no files.
 
 FakeDeviceProcess   one life of a device process: keeps the contract, plays what the test says
+FakePost            keeps what it was sent for each group
 FakeDevices         begins such lives: ``Supervisor(..., begin_life=devices.begin)``
 FakeModelFiles      fetches and reads nothing: ``Supervisor(..., files=files)``
 FakeClock           moves when told to
@@ -13,18 +14,21 @@ import itertools
 import math
 import time
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from types import SimpleNamespace
-from typing import cast
+from typing import TypeVar, cast
 
+from cortex.ipc.descriptors import Descriptor
 from cortex.ipc.errors import NodeFailed
 from cortex.ipc.messages import (
     PROTOCOL_VERSION,
     Bye,
     CacheCleared,
     Cancel,
+    CheckCollective,
     ClearPrefixCache,
+    CollectiveChecked,
     Command,
     Embed,
     Embedded,
@@ -32,10 +36,15 @@ from cortex.ipc.messages import (
     Failed,
     Footprint,
     Generate,
+    GroupJoined,
+    GroupLeft,
     Hello,
+    JoinGroup,
+    LeaveGroup,
     LoadModel,
     LoadProgress,
     MemoryReport,
+    Message,
     ModelLoaded,
     ModelUnloaded,
     Ping,
@@ -52,8 +61,10 @@ from cortex.runtime.device_conversation import Conversation, Progress
 from cortex.runtime.device_life import End, OnGone, OnHello
 from cortex.runtime.device_state import Cause
 from cortex.runtime.estimates import Estimate
+from cortex.runtime.served_model import InSitu
 from cortex.runtime.text import TextSide
 
+C = TypeVar("C", bound=Message)
 MIB = 2**20
 VECTOR = array("f", [0.6, 0.8]).tobytes()
 FOOTPRINT = Footprint(weights_bytes=90 * MIB, kv_bytes=9 * MIB, workspace_bytes=MIB)
@@ -97,6 +108,20 @@ class FakeClock:
         return self.now
 
 
+class FakePost:
+    """What a device was sent beside its commands: how many descriptors, by group."""
+
+    def __init__(self) -> None:
+        self.sent: dict[str, int] = {}
+        self.error: OSError | None = None
+
+    def send(self, group: str, descriptors: Sequence[Descriptor]) -> None:
+        if self.error is not None:
+            raise self.error
+        assert all(descriptor.fd >= 0 for descriptor in descriptors)
+        self.sent[group] = len(descriptors)
+
+
 class FakeDeviceProcess:
     """One life: answers every command as a good device process would, but those of *silent_on*.
 
@@ -106,6 +131,7 @@ class FakeDeviceProcess:
 
     def __init__(self, devices: FakeDevices, spec: DeviceSpec, ids: itertools.count[int]) -> None:
         self.conversation = Conversation(self._take, ids)
+        self.post = FakePost()
         self.received: list[Command] = []
         self.pid: int | None = next(devices.pids)
         self._devices = devices
@@ -113,8 +139,16 @@ class FakeDeviceProcess:
         self._end = asyncio.Event()
         self._reason = ""
         self._cause = Cause.DIED
+        self.last_cause: Cause | None = None
+        """What its last words, which come after its end, make of it."""
+
+    @property
+    def cause(self) -> Cause | None:
+        return self._cause if self._end.is_set() else None
 
     async def run(self, on_hello: OnHello, on_gone: OnGone) -> End:
+        if (may_start := self._devices.may_start.get(self._spec.index)) is not None:
+            await may_start.wait()
         if self._devices.starts:
             on_hello(hello(self._spec.name, self.pid or 0))
         else:
@@ -122,7 +156,7 @@ class FakeDeviceProcess:
         await self._end.wait()
         on_gone()
         self.conversation.end(NodeFailed(self._reason))
-        return End(self._cause, self._reason)
+        return End(self.last_cause or self._cause, self._reason)
 
     def kill(self, cause: Cause, reason: str) -> None:
         if not self._end.is_set():
@@ -142,11 +176,11 @@ class FakeDeviceProcess:
         """Let token records arrive."""
         self.conversation.receive(records(sequence_id, token_ids, finish))
 
-    def last(self, kind: type[Command]) -> Command:
+    def last(self, kind: type[C]) -> C:
         """Return the last command of *kind* that was received."""
         return next(command for command in reversed(self.received) if isinstance(command, kind))
 
-    def answers(self, command: Command) -> None:  # noqa: C901 - one line per command
+    def answers(self, command: Command) -> None:  # noqa: C901, PLR0912 - a few lines per command
         """Answer as a good device process would."""
         match command:
             case Ping():
@@ -170,6 +204,15 @@ class FakeDeviceProcess:
                 self.says(MemoryReport(command.command_id, 1, 1, {}))
             case ClearPrefixCache():
                 self.says(CacheCleared(command.command_id, command.model, 7))
+            case JoinGroup():
+                self.says(GroupJoined(command.command_id, command.group, "gloo"))
+            case CheckCollective():
+                joined = next(c for c in reversed(self.received) if isinstance(c, JoinGroup))
+                right = joined.ranks * (joined.ranks + 1) / 2
+                total = self._devices.sums.get(self._spec.index, right)
+                self.says(CollectiveChecked(command.command_id, command.group, total))
+            case LeaveGroup():
+                self.says(GroupLeft(command.command_id, command.group))
             case Shutdown():
                 self.says(Bye(command.command_id))
                 self.dies("it exited with status 0")
@@ -191,6 +234,10 @@ class FakeDevices:
         self.lives: dict[int, list[FakeDeviceProcess]] = {}
         self.silent_on: set[type[Command]] = set()
         self.tokens = [1, 2, 3]
+        self.sums: dict[int, float] = {}
+        """What devices say that their group adds up to, where that is wrong."""
+        self.may_start: dict[int, asyncio.Event] = {}
+        """Gates of devices whose next lives take their time to say Hello."""
         self.starts = True
         """False: the next lives die without a Hello."""
         self.pids = itertools.count(70001)
@@ -275,6 +322,9 @@ class FakeModelFiles:
         if self.error is not None:
             raise self.error
         return cast("TextSide", SimpleNamespace(path=path))  # the supervisor only keeps it
+
+    async def in_situ(self, path: Path, request: LoadRequest) -> InSitu | None:  # noqa: ARG002 - a protocol
+        return InSitu(request.quant, Path("/cache")) if request.quant else None
 
     def close(self) -> None:
         self.is_closed = True

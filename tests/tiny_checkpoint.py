@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from safetensors.numpy import save_file
@@ -14,28 +15,31 @@ from tiny_repo import CONFIG, described
 CONTEXT_TOKENS = 256
 
 
-def write_checkpoint(directory: Path, template: str = CHATML) -> Path:
-    """Write the model into *directory*, which need not exist, and return that."""
+def write_checkpoint(directory: Path, template: str = CHATML, **sizes: int) -> Path:
+    """Write the model into *directory*, which need not exist, and return that.
+
+    *sizes* are values of its config.json; a key-value head is for two heads.
+    """
     directory.mkdir(parents=True, exist_ok=True)
     for name, content in described().items():
         (directory / name).write_bytes(content)
-    config = {**CONFIG, "max_position_embeddings": CONTEXT_TOKENS}
+    config = {**CONFIG, "max_position_embeddings": CONTEXT_TOKENS, **sizes}
     (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
     (directory / "tokenizer_config.json").write_text(
         json.dumps({"chat_template": template, "eos_token": "<|im_end|>"}), encoding="utf-8"
     )
     draw = np.random.default_rng(7)
     tensors = {
-        name: draw.normal(size=shape).astype(np.float32) for name, shape in _shapes().items()
+        name: draw.normal(size=shape).astype(np.float32) for name, shape in _shapes(config).items()
     }
     save_file(tensors, directory / "model.safetensors")
     return directory
 
 
-def _shapes() -> dict[str, tuple[int, ...]]:
-    """One layer; the key-value head is half as wide as the hidden size."""
-    hidden, inner, vocabulary = (
-        int(str(CONFIG[name])) for name in ("hidden_size", "intermediate_size", "vocab_size")
+def _shapes(config: dict[str, Any]) -> dict[str, tuple[int, ...]]:
+    hidden, inner, vocabulary, layers = (
+        int(config[name])
+        for name in ("hidden_size", "intermediate_size", "vocab_size", "num_hidden_layers")
     )
     layer = {
         "input_layernorm": (hidden,),
@@ -52,5 +56,9 @@ def _shapes() -> dict[str, tuple[int, ...]]:
         "model.embed_tokens.weight": (vocabulary, hidden),
         "model.norm.weight": (hidden,),
         "lm_head.weight": (vocabulary, hidden),
-        **{f"model.layers.0.{name}.weight": shape for name, shape in layer.items()},
+        **{
+            f"model.layers.{index}.{name}.weight": shape
+            for index in range(layers)
+            for name, shape in layer.items()
+        },
     }

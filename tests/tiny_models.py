@@ -12,9 +12,13 @@ import numpy as np
 import torch
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
+from transformers.modeling_rope_utils import ROPE_INIT_FUNCTIONS
 
 from cortex.models.batch import Batch
-from cortex.models.weights import LoadedModel, load_model
+from cortex.models.loaded_model import LoadedModel
+from cortex.models.parallel import ALONE, Group
+from cortex.models.weights import load_model
+from random_blocks import random_part
 
 SIZES: dict[str, Any] = {
     "vocab_size": 100,
@@ -44,13 +48,28 @@ GGUF_LAYER_NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
 }
+GGUF_EXPERTS = {"gate_up_proj": ("ffn_gate_exps", "ffn_up_exps"), "down_proj": ("ffn_down_exps",)}
+GGUF_ARCHITECTURES = {"qwen3_moe": "qwen3moe"}
+
+WIDE: dict[str, Any] = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 2}
+"""Rows of whole blocks of 256."""
+
+EXPERTS: dict[str, Any] = {
+    "num_experts": 8,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 32,
+    "norm_topk_prob": True,
+}
+"""What a tiny mixture has beside ``SIZES``."""
 
 
 def random_model(model_type: str, **overrides: Any) -> Any:
     """Build transformers' model with random weights, wide enough to tell a wrong one."""
     torch.manual_seed(7)
-    config = AutoConfig.for_model(model_type, **{**SIZES, **overrides})
+    experts = EXPERTS if "moe" in model_type else {}
+    config = AutoConfig.for_model(model_type, **{**SIZES, **experts, **overrides})
     auto: Any = AutoModelForCausalLM
     model = auto.from_config(config).eval().float()
     for name, weight in model.named_parameters():
@@ -81,7 +100,8 @@ def write_gguf(path: Path, model: Any, kind: str, **extra: Any) -> None:
     Matrices become *kind*; *model* gets them back dequantised, so that it stays the reference.
     """
     config = model.config
-    writer = gguf.GGUFWriter(path, config.model_type)
+    architecture = GGUF_ARCHITECTURES.get(config.model_type, config.model_type)
+    writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
     writer.add_embedding_length(config.hidden_size)
@@ -90,7 +110,11 @@ def write_gguf(path: Path, model: Any, kind: str, **extra: Any) -> None:
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(_head_dim(config))
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    _add_rotary(writer, config)
+    if "moe" in config.model_type:
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(config.moe_intermediate_size)
     for key, value in extra.items():
         writer.add_uint32(key.replace("__", "."), value)
     for name, weight in model.state_dict().items():
@@ -141,6 +165,31 @@ def _head_dim(config: Any) -> int:
     return int(head_dim)
 
 
+def _add_rotary(writer: Any, config: Any) -> None:
+    """Add the rotary positions as llama.cpp's converter does: Llama 3's as factors of each pair."""
+    rope = config.rope_parameters
+    writer.add_rope_freq_base(rope["rope_theta"])
+    match rope["rope_type"]:
+        case "linear":
+            writer.add_rope_scaling_type(gguf.RopeScalingType.LINEAR)
+            writer.add_rope_scaling_factor(rope["factor"])
+        case "yarn":
+            writer.add_rope_scaling_type(gguf.RopeScalingType.YARN)
+            writer.add_rope_scaling_factor(rope["factor"])
+            writer.add_rope_scaling_orig_ctx_len(rope["original_max_position_embeddings"])
+            if "attention_factor" in rope:
+                writer.add_rope_scaling_yarn_attn_factor(rope["attention_factor"])
+            if "beta_fast" in rope:
+                writer.add_rope_scaling_yarn_beta_fast(rope["beta_fast"])
+        case "llama3":
+            scaled, _ = ROPE_INIT_FUNCTIONS["llama3"](config, None)
+            pairs = torch.arange(0, _head_dim(config), 2).float() / _head_dim(config)
+            factors = rope["rope_theta"] ** -pairs / scaled
+            writer.add_tensor("rope_freqs.weight", factors.numpy())
+        case other:
+            assert other == "default"
+
+
 def gguf_name(name: str) -> str:
     """Return llama.cpp's name of a transformers parameter."""
     if name in GGUF_NAMES:
@@ -150,17 +199,36 @@ def gguf_name(name: str) -> str:
 
 
 def _add(writer: Any, name: str, weight: Tensor, kind: str, config: Any) -> None:
-    """Add one tensor, and give *weight* the values that were stored."""
-    heads = _heads(name, config)
+    """Add one tensor, of experts all as one, and give *weight* the values that were stored."""
+    if ".experts." in name:
+        words = GGUF_EXPERTS[name.rpartition(".")[2]]
+        for word, part in zip(words, weight.chunk(len(words), dim=1), strict=True):
+            _add_as(writer, f"blk.{name.split('.')[2]}.{word}.weight", part, kind, None)
+        return
+    kind = "F32" if "ffn_gate_inp" in gguf_name(name) else kind
+    _add_as(writer, gguf_name(name), weight, kind, _heads(name, config))
+
+
+def _add_as(writer: Any, name: str, weight: Tensor, kind: str, heads: int | None) -> None:
     values = _pairs(weight.numpy(), heads)
     if values.ndim == 1:
-        writer.add_tensor(gguf_name(name), values)
+        writer.add_tensor(name, values)
         return
     stored_type = gguf.GGMLQuantizationType[kind]
-    stored = gguf.quants.quantize(np.ascontiguousarray(values), stored_type)
-    writer.add_tensor(gguf_name(name), stored, raw_dtype=stored_type)
+    stored = _stored(values, kind)
+    writer.add_tensor(name, stored, raw_dtype=stored_type)
     values = _halves(gguf.quants.dequantize(stored, stored_type), heads)
     weight.copy_(torch.from_numpy(values))
+
+
+def _stored(values: Any, kind: str) -> Any:
+    """Quantise, or take random blocks of such a size where no library quantises to *kind*."""
+    try:
+        return gguf.quants.quantize(np.ascontiguousarray(values), gguf.GGMLQuantizationType[kind])
+    except NotImplementedError:
+        columns = values.shape[-1]
+        blocks = random_part(kind, values.size // columns, columns, float(values.std())).data
+        return blocks.view(*values.shape[:-1], -1).numpy()
 
 
 def _heads(name: str, config: Any) -> int | None:
@@ -185,9 +253,11 @@ def _halves(values: Any, heads: int | None) -> Any:
     return np.ascontiguousarray(values)
 
 
-def loaded(path: Path, *, dtype: str = "float32") -> LoadedModel:
+def loaded(path: Path, *, dtype: str = "float32", group: Group = ALONE) -> LoadedModel:
     """Load *path* on the CPU; unless told otherwise exactly, to be held to a reference."""
-    return load_model(path, device=torch.device("cpu"), dtype=dtype, on_progress=lambda *_: None)
+    return load_model(
+        path, device=torch.device("cpu"), dtype=dtype, group=group, on_progress=lambda *_: None
+    )
 
 
 def some_tokens(count: int, seed: int = 0) -> list[int]:
@@ -202,15 +272,21 @@ def reference_logits(model: Any, tokens: Sequence[int]) -> Tensor:
     return logits
 
 
+STATE_SLOTS = 12
+
+
 class Player:
     """Feeds sequences to a model as the engine does, over deliberately scattered blocks."""
 
     def __init__(self, model: LoadedModel, blocks: int = 64, block_tokens: int = 16) -> None:
         self.model = model
-        self.cache = model.new_cache(blocks, block_tokens)
+        self.cache = model.new_cache(blocks, block_tokens, STATE_SLOTS)
         self.compute: Callable[[Batch], Tensor] = model.module
         self.free = list(range(blocks))
         random.Random(1).shuffle(self.free)
+        self.free_states = list(range(STATE_SLOTS))
+        random.Random(2).shuffle(self.free_states)
+        self.states: dict[str, int] = {}
         self.tables: dict[str, list[int]] = {}
         self.lengths: dict[str, int] = {}
 
@@ -242,7 +318,15 @@ class Player:
             block_tables=torch.tensor(tables, dtype=torch.int32),
             sampled=torch.arange(len(positions)),
             cache=self.cache,
+            state_slots=torch.tensor([self._state(name) for name in chunks])
+            if self.cache.states
+            else None,
         )
+
+    def _state(self, name: str) -> int:
+        if name not in self.states:
+            self.states[name] = self.free_states.pop()
+        return self.states[name]
 
     def _slot(self, name: str, position: int) -> int:
         size = self.cache.block_tokens

@@ -21,6 +21,7 @@ from cortex.models.layers import RMSNorm
 from cortex.models.linear import Projection
 from cortex.models.quantization import Matrix, Part
 from cortex.models.qwen3 import Qwen3, Qwen3Config
+from cortex.models.rope import Rope
 
 Lengths = Sequence[tuple[int, int]]
 """Per sequence the tokens cached before, and the new ones."""
@@ -126,7 +127,13 @@ def add_bias_difference(rows: int, columns: int, dtype: torch.dtype, device: str
 
 
 def rotate_and_store_differences(
-    heads: int, kv_heads: int, size: int, dtype: torch.dtype, device: str = "cpu"
+    heads: int,
+    kv_heads: int,
+    size: int,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    *,
+    half: int | None = None,
 ) -> tuple[float, float, float]:
     """Of queries, keys and values; one token has no slot, and the cache is else left as it is."""
     from cortex.models.kernels import triton_ops
@@ -134,7 +141,7 @@ def rotate_and_store_differences(
     slots = torch.tensor([3, 17, -1, 40, 0], device=device)
     rows = (len(slots), heads + 2 * kv_heads, size)
     q, k, v = torch.randn(rows).to(device, dtype).split([heads, kv_heads, kv_heads], 1)  # type: ignore[no-untyped-call] # torch's
-    angles = torch.randn(len(slots), size // 2, device=device)
+    angles = torch.randn(len(slots), half or size // 2, device=device)
     cosines, sines = angles.cos(), angles.sin()
     keys, values, keys_there, values_there = torch.ones(4, 3, 16, kv_heads, size).to(device, dtype)
 
@@ -225,7 +232,7 @@ class TinyModel:
 
     def __init__(self, execution: Execution, device: str = "cpu") -> None:
         torch.manual_seed(1)
-        config = Qwen3Config(32, 48, 1, 4, 2, 16, 50, 1e-6, 10_000.0, 512, False)
+        config = Qwen3Config(32, 48, 1, 4, 2, 16, 50, 1e-6, Rope(16, 10_000.0), 512, False)
         self.module = Qwen3(config, torch.float32).eval().to(device)
         for child in self.module.modules():
             if isinstance(child, Matrix):

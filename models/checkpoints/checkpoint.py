@@ -7,21 +7,32 @@ and whether it can work at all; ``models.weights`` reads the tensors in the devi
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from cortex.models.checkpoints.config import config_of, generation_config_of
+from cortex.models.checkpoints.config import HYBRIDS, config_of, generation_config_of, of_text
 from cortex.models.checkpoints.errors import CheckpointError, naming, shown
 from cortex.models.checkpoints.files import exists
 from cortex.models.checkpoints.gguf import GGUFFile
 from cortex.models.checkpoints.json import read_object
+from cortex.models.checkpoints.names import OTHER_TOWERS, is_of_layer_from
 from cortex.models.checkpoints.pooling import Pooling, pooling_of_directory, pooling_of_gguf
+from cortex.models.checkpoints.quantized import FP8_TENSOR, is_fp8
 from cortex.models.checkpoints.safetensors import SafetensorsFile
 from cortex.models.checkpoints.shards import INDEX, tensors_by_index
 from cortex.models.checkpoints.tensors import LOADABLE, TensorInfo
 
-ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
+OF_TEXT = (
+    "qwen3_5",
+    "qwen3_5_text",
+    "qwen3_5_moe",
+    "qwen3_5_moe_text",
+    "qwen3_next",
+)
+"""Those of which only the text half is loaded: no vision tower, no layers that draft tokens."""
+
+ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3", "qwen3_moe", *OF_TEXT, *HYBRIDS)
 """The ``model_type`` values that ``models.registry`` has a module for."""
 
 MAX_MODEL_TYPE_CHARACTERS = 100
@@ -73,11 +84,13 @@ class Checkpoint:
                 f"{self.path}: the architecture {model_type!r} is not supported; "
                 f"supported: {', '.join(ARCHITECTURES)}"
             )
+        with naming(self.path):
+            loadable = (*LOADABLE, *([FP8_TENSOR] if is_fp8(self.config) else []))
         for tensor in self.tensors.values():
-            if tensor.type not in LOADABLE:
+            if tensor.type not in loadable:
                 raise CheckpointError(
                     f"{self.path}: tensor {shown(tensor.name)} is stored as {tensor.type}, "
-                    f"which is not supported; supported: {', '.join(LOADABLE)}"
+                    f"which is not supported; supported: {', '.join(loadable)}"
                 )
 
 
@@ -88,26 +101,47 @@ def _open_gguf(path: Path) -> Checkpoint:
         raise CheckpointError(
             f"{path}: one of {shown(parts)} files of a split GGUF, which is not supported"
         )
+    config = config_of(file)
     return Checkpoint(
         path,
         "gguf",
-        config_of(file),
+        config,
         generation_config_of(file.metadata),
-        file.tensors,
+        {
+            name: _as_matrix(tensor)
+            for name, tensor in file.tensors.items()
+            if not _is_left_out(name, config)
+        },
         pooling_of_gguf(file.metadata),
         file,
     )
 
 
+def _is_left_out(name: str, config: dict[str, Any]) -> bool:
+    """Whether a tensor belongs to what is not loaded of a model (``OF_TEXT``)."""
+    model_type = config.get("model_type")
+    if model_type in HYBRIDS:
+        return is_of_layer_from(name, config["num_hidden_layers"])
+    return model_type in OF_TEXT and name.startswith(OTHER_TOWERS)
+
+
+def _as_matrix(tensor: TensorInfo) -> TensorInfo:
+    """Return *tensor*; the gate of a shared expert, one row, is a vector in GGUF files."""
+    if tensor.name.endswith(".ffn_gate_inp_shexp.weight") and len(tensor.shape) == 1:
+        return replace(tensor, shape=(1, *tensor.shape))
+    return tensor
+
+
 def _open_directory(path: Path) -> Checkpoint:
     tensors = _tensors(path)
     generation = path / "generation_config.json"
+    config = of_text(read_object(path / "config.json"))
     return Checkpoint(
         path,
         "safetensors",
-        read_object(path / "config.json"),
+        config,
         read_object(generation) if exists(generation) else {},
-        tensors,
+        {name: tensor for name, tensor in tensors.items() if not _is_left_out(name, config)},
         pooling_of_directory(path),
     )
 

@@ -59,7 +59,7 @@ GGUF_TYPES = {
     40: StoredType("NVFP4", 64, 36),
     41: StoredType("Q1_0", 128, 18),
 }
-"""Every type a current GGUF file may hold; we multiply with few of them, see ``LOADABLE``."""
+"""Every type a current GGUF file may hold; we multiply with those in ``LOADABLE``."""
 
 SAFETENSORS_TYPES = {
     name: StoredType(name, 1, size)
@@ -72,8 +72,25 @@ SAFETENSORS_TYPES = {
     for name in names
 }
 
-LOADABLE = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
-"""The types a weight may be stored in; ``models.quantization`` implements exactly these."""
+FP8 = StoredType("FP8", 128, 132)
+"""Our own, in memory and in no file: a float32 scale, then 128 floats of 8 bits (e4m3)."""
+
+LOADABLE = (
+    *("F32", "F16", "BF16"),
+    *("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL"),
+    *("Q2_K", "Q3_K", "Q4_K", "Q5_K", "Q6_K", "IQ4_XS"),
+)
+"""The types a file may store a weight in; ``models.quantization`` implements these and FP8."""
+
+QUANTS = {
+    "q8_0": "Q8_0",
+    "q4_0": "Q4_0",
+    "q4_1": "Q4_1",
+    "q5_0": "Q5_0",
+    "q5_1": "Q5_1",
+    "fp8": "FP8",
+}
+"""What a dense checkpoint can become while it loads, and the type its weights then have."""
 
 
 @dataclass(frozen=True, slots=True)

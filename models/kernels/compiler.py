@@ -22,8 +22,14 @@ INCLUDED = tuple(
     SOURCE.with_name(name)
     for name in (
         "thread_pool.c",
+        "stored_blocks.c",
+        "quantized_tiles.c",
         "quantized_linear.c",
+        "fp8_linear.c",
+        "quantize.c",
+        "experts.c",
         "paged_attention.c",
+        "gated_delta.c",
         "program.c",
         "sampling.c",
     )

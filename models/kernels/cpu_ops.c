@@ -1,6 +1,7 @@
 /* The operations of a decoder on a CPU: activations in float32, weights in their stored block format.
- * Products of the kind that serves are in quantized_linear.c, attention is in paged_attention.c;
- * program.c runs a whole step of them, and sampling.c chooses tokens from what came of it.
+ * What their bytes mean is in stored_blocks.c, products of the kind that serves are in
+ * quantized_linear.c, attention is in paged_attention.c; program.c runs a whole step of them, and
+ * sampling.c chooses tokens from what came of it.
  *
  * What every operation here promises: the result of one row does not depend on how many rows there
  * are, on where it stands among them, or on the number of threads. So there is one order of
@@ -99,137 +100,7 @@ INLINE floats exp_of_negative(floats x) {
     return (floats)((ints)(p * (floats)power) & ~vanishes);
 }
 
-/* ---- stored formats (ggml-common.h of llama.cpp); the numbers are shared with cpu.py ---- */
-
-enum { F32, F16, BF16, Q4_0, Q4_1, Q5_0, Q5_1, Q8_0 };
-
-/* Bytes fetched ahead of what is unpacked: a matrix that is in no cache then unpacks 2.4 times faster
- * (Q4_1, one core of a Sapphire Rapids guest, November 2026). */
-#define AHEAD 2048
-
-INLINE floats from_half(halves h) {
-#if defined(__AVX512F__)
-    return (floats)_mm512_cvtph_ps((__m256i)h);
-#else
-    words w = __builtin_convertvector(h, words), sign = (w & 0x8000) << 16;
-    words magnitude = (w & 0x7fff) << 13;
-    floats scaled = (floats)magnitude * splat(0x1p112f); /* exact, also for subnormals */
-    words special = (words)(magnitude >= (0x7c00 << 13)) & 0x7f800000;
-    return (floats)((words)scaled | special | sign);
-#endif
-}
-
-INLINE float half_at(const uint8_t *p) {
-    halves h = {};
-    memcpy(&h, p, 2);
-    return from_half(h)[0];
-}
-
-INLINE floats from_brain(halves h) {
-    return (floats)(__builtin_convertvector(h, words) << 16);
-}
-
-INLINE floats from_bytes(bytes16 b) {
-    return __builtin_convertvector(__builtin_convertvector(b, ints), floats);
-}
-
-/* GCC 12 widens signed bytes one by one, so they go the unsigned way. */
-INLINE floats from_signed(bytes16 b) { return from_bytes(b ^ 128) - 128.f; }
-
-INLINE void unpack_q4_0(const uint8_t *from, float *to) {
-    __builtin_prefetch(from + AHEAD);
-    const floats d = splat(half_at(from));
-    bytes16 q;
-    memcpy(&q, from + 2, sizeof q);
-    store(to, (from_bytes(q & 15) - 8.f) * d);
-    store(to + 16, (from_bytes(q >> 4) - 8.f) * d);
-}
-
-INLINE void unpack_q4_1(const uint8_t *from, float *to) {
-    __builtin_prefetch(from + AHEAD);
-    const floats d = splat(half_at(from)), m = splat(half_at(from + 2));
-    bytes16 q;
-    memcpy(&q, from + 4, sizeof q);
-    store(to, from_bytes(q & 15) * d + m);
-    store(to + 16, from_bytes(q >> 4) * d + m);
-}
-
-/* 16 for each of sixteen elements whose bit is set in two bytes, lowest bit first. */
-INLINE bytes16 fifth_bits(const uint8_t *p) {
-#if defined(__AVX512VL__) && defined(__AVX512BW__)
-    uint16_t bits;
-    memcpy(&bits, p, sizeof bits);
-    return (bytes16)_mm_maskz_set1_epi8(bits, 16);
-#else
-    const bytes16 place = {1, 2, 4, 8, 16, 32, 64, 128, 1, 2, 4, 8, 16, 32, 64, 128};
-    const uint8_t a = p[0], b = p[1];
-    const bytes16 spread = {a, a, a, a, a, a, a, a, b, b, b, b, b, b, b, b};
-    return (bytes16)((spread & place) == place) & 16;
-#endif
-}
-
-INLINE void unpack_q5_0(const uint8_t *from, float *to) {
-    __builtin_prefetch(from + AHEAD);
-    const floats d = splat(half_at(from));
-    bytes16 q;
-    memcpy(&q, from + 6, sizeof q);
-    store(to, (from_bytes((q & 15) | fifth_bits(from + 2)) - 16.f) * d);
-    store(to + 16, (from_bytes((q >> 4) | fifth_bits(from + 4)) - 16.f) * d);
-}
-
-INLINE void unpack_q5_1(const uint8_t *from, float *to) {
-    __builtin_prefetch(from + AHEAD);
-    const floats d = splat(half_at(from)), m = splat(half_at(from + 2));
-    bytes16 q;
-    memcpy(&q, from + 8, sizeof q);
-    store(to, from_bytes((q & 15) | fifth_bits(from + 4)) * d + m);
-    store(to + 16, from_bytes((q >> 4) | fifth_bits(from + 6)) * d + m);
-}
-
-INLINE void unpack_q8_0(const uint8_t *from, float *to) {
-    __builtin_prefetch(from + AHEAD);
-    const floats d = splat(half_at(from));
-    bytes16 first, second;
-    memcpy(&first, from + 2, sizeof first);
-    memcpy(&second, from + 18, sizeof second);
-    store(to, from_signed(first) * d);
-    store(to + 16, from_signed(second) * d);
-}
-
-INLINE void unpack_halves(const uint8_t *from, float *to, int K, int is_brain) {
-    for (int k = 0; k < K; k += LANES) {
-        __builtin_prefetch(from + 2 * k + AHEAD);
-        const int n = K - k < LANES ? K - k : LANES;
-        halves h = {};
-        memcpy(&h, from + 2 * k, 2 * n);
-        floats v = is_brain ? from_brain(h) : from_half(h);
-        memcpy(to + k, &v, n * sizeof(float));
-    }
-}
-
-/* One row of K weights to float32. */
-static void unpack(int kind, const uint8_t *from, float *to, int K) {
-    switch (kind) {
-    case F32: memcpy(to, from, K * sizeof(float)); break;
-    case F16: unpack_halves(from, to, K, 0); break;
-    case BF16: unpack_halves(from, to, K, 1); break;
-    case Q4_0: for (int k = 0; k < K; k += 32, from += 18) unpack_q4_0(from, to + k); break;
-    case Q4_1: for (int k = 0; k < K; k += 32, from += 20) unpack_q4_1(from, to + k); break;
-    case Q5_0: for (int k = 0; k < K; k += 32, from += 22) unpack_q5_0(from, to + k); break;
-    case Q5_1: for (int k = 0; k < K; k += 32, from += 24) unpack_q5_1(from, to + k); break;
-    case Q8_0: for (int k = 0; k < K; k += 32, from += 34) unpack_q8_0(from, to + k); break;
-    }
-}
-
-/* y[M, K] = rows ids[M] of w[N, K], dequantised. Returns -1 if an id is no row. */
-int cortex_rows(int kind, const uint8_t *w, int64_t row_bytes, const int64_t *ids, float *y, int M, int64_t N,
-                int K) {
-    for (int m = 0; m < M; m++) {
-        if (ids[m] < 0 || ids[m] >= N) return -1;
-        unpack(kind, w + ids[m] * row_bytes, y + (int64_t)m * K, K);
-    }
-    return 0;
-}
+#include "stored_blocks.c"
 
 /* ---- linear ---- */
 
@@ -317,7 +188,11 @@ int cortex_linear(int kind, const uint8_t *w, int64_t row_bytes, const float *x,
     return linear.failed ? -1 : 0;
 }
 
+#include "quantized_tiles.c"
+
 #include "quantized_linear.c"
+
+#include "quantize.c"
 
 /* ---- the small ones ---- */
 
@@ -402,21 +277,21 @@ void cortex_silu_multiply(const float *x, float *y, int M, int K, int threads) {
     for_each(M > 4 ? threads : 1, M, silu_multiply_row, &rows);
 }
 
-/* cos and sin [M, half] of positions times frequencies. */
+/* cos and sin [M, half] of positions times frequencies, times a magnitude. */
 void cortex_rotation(const int64_t *positions, const float *frequencies, float *cosines, float *sines, int M,
-                     int half) {
+                     int half, float magnitude) {
     for (int m = 0; m < M; m++)
         for (int i = 0; i < half; i++) {
             const float angle = (float)positions[m] * frequencies[i];
-            cosines[(int64_t)m * half + i] = cosf(angle);
-            sines[(int64_t)m * half + i] = sinf(angle);
+            cosines[(int64_t)m * half + i] = cosf(angle) * magnitude;
+            sines[(int64_t)m * half + i] = sinf(angle) * magnitude;
         }
 }
 
-/* y[M, heads, D] = x rotated; the heads of one token lie together in x, tokens ldx floats apart. */
+/* y[M, heads, D] = x, of each head the first two halves rotated; the heads of one token lie together in
+ * x, tokens ldx floats apart. */
 void cortex_rotate(const float *x, int64_t ldx, const float *cosines, const float *sines, float *y, int M,
-                   int heads, int D) {
-    const int half = D / 2;
+                   int heads, int D, int half) {
     for (int m = 0; m < M; m++) {
         const float *c = cosines + (int64_t)m * half, *s = sines + (int64_t)m * half;
         for (int h = 0; h < heads; h++) {
@@ -426,11 +301,16 @@ void cortex_rotate(const float *x, int64_t ldx, const float *cosines, const floa
                 to[i] = from[i] * c[i] - from[half + i] * s[i];
                 to[half + i] = from[half + i] * c[i] + from[i] * s[i];
             }
+            memcpy(to + 2 * half, from + 2 * half, (D - 2 * half) * sizeof(float));
         }
     }
 }
 
+#include "experts.c"
+
 #include "paged_attention.c"
+
+#include "gated_delta.c"
 
 #include "program.c"
 

@@ -16,7 +16,8 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from functools import cache
 from typing import Any
 
@@ -27,19 +28,28 @@ from cortex.models.batch import Batch
 from cortex.models.execution import Execution
 from cortex.models.kernels import reference
 from cortex.models.kernels.cuda_attention import Shape, attention_for
-from cortex.models.quantization import Part
+from cortex.models.kernels.cuda_delta import DELTA_OPERATIONS, DeltaKernels
+from cortex.models.quantization import ExpertMatrix, Part
 
 REFERENCE_OPERATIONS = "CORTEX_REFERENCE_OPERATIONS"
-TRITON_OPERATIONS = frozenset({"rms_norm", "silu_multiply", "rotate_and_store", "add_bias"})
-"""What can be given back; ``add_rms_norm`` goes with ``rms_norm``."""
+TRITON_OPERATIONS = frozenset(
+    {
+        *("rms_norm", "silu_multiply", "rotate_and_store", "add_bias"),
+        *("quantized_linear", "experts", "route"),
+        *DELTA_OPERATIONS,
+    }
+)
+"""What can be given back; ``add_rms_norm`` goes with ``rms_norm``, and looking up quantised rows
+with ``quantized_linear``."""
 
 BLOCK_TOKENS = 16  # positions of a block of the cache, for which kernels are tried
 TRIED_COLUMNS = 96
+PREPARED_ROWS = 1 << 14  # of a matrix: a larger one is multiplied in the same way
 
 log = logging.getLogger(__name__)
 
 
-class CudaKernels:
+class CudaKernels(DeltaKernels):
     """The operations of one process's GPU; *triton_ops* is that module, None where it cannot run.
 
     Operations in *given_back* are the reference's.
@@ -53,21 +63,81 @@ class CudaKernels:
         self, x: Tensor, parts: Sequence[Part], *, is_batch_invariant: bool = False
     ) -> Tensor:
         """X [M, K] times the transpose of the stacked parts [N, K] -> [M, N]."""
-        if not is_batch_invariant:
+        if not is_batch_invariant and not any(map(self.reads_packed, parts)):
             return reference.linear(x, parts)
-        from cortex.models.kernels import triton_linear
-
         x = x.contiguous()
         y = torch.empty(
             (x.size(0), sum(part.rows for part in parts)), dtype=x.dtype, device=x.device
         )
         first = 0
         for part in parts:
-            for weights in reference.weights(part, x.size(1), x.dtype):
-                columns = y[:, first : first + weights.size(0)]
-                triton_linear.linear_into(columns, x, weights)
-                first += weights.size(0)
+            columns = y[:, first : first + part.rows]
+            self._linear_into(columns, x, part, is_batch_invariant=is_batch_invariant)
+            first += part.rows
         return y
+
+    def _linear_into(self, y: Tensor, x: Tensor, part: Part, *, is_batch_invariant: bool) -> None:
+        if self.reads_packed(part):
+            from cortex.models.kernels import triton_quantized
+
+            triton_quantized.linear_into(y, x, part, is_batch_invariant=is_batch_invariant)
+        elif is_batch_invariant:
+            from cortex.models.kernels import triton_linear
+
+            first = 0
+            for weights in reference.weights(part, x.size(1), x.dtype):
+                triton_linear.linear_into(y[:, first : first + weights.size(0)], x, weights)
+                first += weights.size(0)
+        else:
+            y.copy_(reference.linear(x, [part]))
+
+    def rows(self, part: Part, ids: Tensor) -> Tensor:
+        """Unpack rows *ids* [T] to float32 [T, K]; quantised ones beyond the matrix are zeros."""
+        if not self.reads_packed(part):
+            return reference.rows(part, ids)
+        return self.rows_of_share(part, ids, 0, part.rows)
+
+    def rows_of_share(self, part: Part, ids: Tensor, first: int, of: int) -> Tensor:
+        """Unpack rows *ids* [T] of *of*, of which *part* holds those from *first* on."""
+        if not self.reads_packed(part):
+            return reference.rows_of_share(part, ids, first, of)
+        from cortex.models.kernels import triton_quantized
+
+        return triton_quantized.rows(part, ids, first)
+
+    def route(self, logits: Tensor, top_k: int, *, is_normalised: bool) -> tuple[Tensor, Tensor]:
+        """Router logits [T, E] -> ids [T, k] int64 and weights [T, k] float32."""
+        if not self.serves("route"):
+            return reference.route(logits, top_k, is_normalised=is_normalised)
+        from cortex.models.kernels import triton_experts
+
+        return triton_experts.route(logits, top_k, is_normalised=is_normalised)
+
+    def experts(
+        self,
+        x: Tensor,
+        ids: Tensor,
+        weights: Tensor,
+        *,
+        gate: ExpertMatrix,
+        up: ExpertMatrix,
+        down: ExpertMatrix,
+        is_batch_invariant: bool = False,
+    ) -> Tensor:
+        """X [T, H] through the SwiGLUs *ids* [T, k], summed with *weights* [T, k] -> [T, H]."""
+        matrices = {"gate": gate, "up": up, "down": down}
+        if self.serves("experts"):
+            from cortex.models.kernels import triton_experts
+
+            if triton_experts.can_compute(**matrices):
+                return triton_experts.experts(
+                    x, ids, weights, **matrices, is_batch_invariant=is_batch_invariant
+                )
+        return reference.experts(x, ids, weights, **matrices)
+
+    def reads_packed(self, part: Part) -> bool:
+        """Whether products with *part* are those of ``triton_quantized``."""
+        return part.is_planar and self.serves("quantized_linear")
 
     def add_bias(self, y: Tensor, bias: Tensor) -> Tensor:
         """[M, N] + float32 [N] -> [M, N] in the dtype of *y*."""
@@ -112,15 +182,22 @@ class CudaKernels:
         attend = attention_for(Shape.of(q, keys), batch.cache.execution)
         return attend(q, keys, values, batch, scale)
 
+    def serves(self, operation: str) -> bool:
+        """Whether Triton runs and *operation* has not been given back to the reference."""
+        return self._triton_ops is not None and operation not in self._given_back
+
     def _for(self, operation: str) -> Any:
-        if self._triton_ops is None or operation in self._given_back:
-            return reference
-        return self._triton_ops
+        return self._triton_ops if self.serves(operation) else reference
 
 
 def kernels_for(x: Tensor) -> CudaKernels | None:
     """Return the kernels if *x* lies on a GPU and is of a width they know."""
     return kernels() if x.is_cuda and x.dtype in reference.FLOATS else None
+
+
+def kernels_for_rows(part: Part) -> CudaKernels | None:
+    """Return the kernels if *part* lies on a GPU."""
+    return kernels() if part.data.is_cuda else None
 
 
 @cache
@@ -136,6 +213,20 @@ def prepare(shape: Shape, execution: Execution) -> None:
     """
     kernels()
     attention_for(shape, execution)
+
+
+def prepare_products(
+    parts: Iterable[Part], dtype: torch.dtype, *, is_batch_invariant: bool
+) -> None:
+    """Compile the products of activations of *dtype* with every type and shape of packed rows."""
+    from cortex.models.kernels.triton_quantized import EVERY_WAY
+
+    packed = {(p.kind, p.rows, p.columns): p for p in parts if kernels().reads_packed(p)}
+    for part in packed.values():
+        some = replace(part, data=part.data[:PREPARED_ROWS])
+        for rows in EVERY_WAY:
+            x = torch.zeros(rows, part.columns, dtype=dtype, device=part.data.device)
+            kernels().linear(x, [some], is_batch_invariant=is_batch_invariant)
 
 
 def _given_back(environment: Any) -> frozenset[str]:

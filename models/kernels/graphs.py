@@ -8,8 +8,9 @@
       buckets     1   2   4   8   16   24   32   48   64   96   128 ... the most sequences there are
 
 Rows from S on are padding: token 0 at position 0 of the cache's scratch block, which no sequence
-owns, with a context of 1. They read nothing but what they have written, and their logits are
-dropped. A step that is more than one token per sequence runs operation by operation.
+owns, with a context of 1, and with the scratch slot for a recurrent state. They read nothing but
+what they have written, and their logits are dropped. A step that is more than one token per
+sequence runs operation by operation.
 
 Graphs are captured while the model is being loaded, on the thread that loads it: a capture takes a
 tenth of a second and may not be in the way of other models' steps. ``thread_local`` capture refuses
@@ -116,7 +117,7 @@ class DecodeGraphs:
     def buffer_bytes(self) -> int:
         """Memory of the graphs and of what they read."""
         inputs = (getattr(self._inputs, name) for name in _ROWS)
-        return self._capture.bytes + sum(tensor.nbytes for tensor in inputs)
+        return self._capture.bytes + sum(rows.nbytes for rows in inputs if rows is not None)
 
     @property
     def sizes(self) -> list[int]:
@@ -155,12 +156,17 @@ class DecodeGraphs:
         inputs.slots[:rows].copy_(batch.slots)
         inputs.context_tokens[:rows].copy_(batch.context_tokens)
         inputs.block_tables[:rows, :blocks].copy_(batch.block_tables)
+        if batch.state_slots is not None and inputs.state_slots is not None:
+            inputs.state_slots[:rows].copy_(batch.state_slots)
         if self._used_rows > rows:
             _pad(inputs, slice(rows, self._used_rows))
         self._used_rows = rows
 
 
-_ROWS = "token_ids", "positions", "slots", "query_starts", "context_tokens", "block_tables"
+_ROWS = (
+    *("token_ids", "positions", "slots", "query_starts", "context_tokens", "block_tables"),
+    "state_slots",
+)
 
 
 def _padding(cache: KVCache, rows: int, blocks: int) -> Batch:
@@ -179,6 +185,7 @@ def _padding(cache: KVCache, rows: int, blocks: int) -> Batch:
         block_tables=zeros(rows, blocks, dtype=torch.int32),
         sampled=torch.arange(rows, device=like.device),
         cache=cache,
+        state_slots=zeros(rows, dtype=torch.int64) if cache.states else None,
     )
     _pad(batch, slice(rows))
     return batch
@@ -192,6 +199,9 @@ def _pad(batch: Batch, rows: slice) -> None:
     batch.slots[rows] = cache.scratch_block * cache.block_tokens
     batch.context_tokens[rows] = 1
     batch.block_tables[rows, 0] = cache.scratch_block  # a context of 1 looks at no other
+    if batch.state_slots is not None:
+        assert cache.scratch_slot is not None, "padding has to keep a state somewhere"
+        batch.state_slots[rows] = cache.scratch_slot
 
 
 def _first_rows(batch: Batch, rows: int) -> Batch:
@@ -204,6 +214,7 @@ def _first_rows(batch: Batch, rows: int) -> Batch:
         block_tables=batch.block_tables[:rows],
         sampled=batch.sampled[:rows],
         cache=batch.cache,
+        state_slots=None if batch.state_slots is None else batch.state_slots[:rows],
     )
 
 

@@ -13,6 +13,7 @@ from ctypes import c_float, c_int, c_int64
 OPERATIONS = (
     "rows",
     "tiled_rows",
+    "rows_of_share",
     "take",
     "add",
     "linear",
@@ -24,10 +25,17 @@ OPERATIONS = (
     "rotate",
     "store",
     "attention",
+    "route",
+    "experts",
+    "add_gated",
+    "causal_convolution",
+    "gated_delta_rule",
+    "gated_rms_norm",
+    "sigmoid_multiply",
 )
 """In the order of the enum in program.c."""
 
-MAX_ARGUMENTS = 14  # as there
+MAX_ARGUMENTS = 21  # as there
 
 
 class Value(ctypes.Union):

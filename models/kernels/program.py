@@ -8,6 +8,9 @@ Nothing is known of a model here: whatever it makes of the operations of ``ops``
 look at tensors in other ways, by views, but not compute with them otherwise: such a model is not
 recorded and runs operation by operation, which is also the way to debug one.
 
+What the ranks of a group do together (``all_reduce``, ``all_gather``) cuts the list: the operations
+before it are run, then it, on the rows that the step has, then those after it.
+
 Intermediate results lie in buffers that are used again as soon as the model has let go of them.
 Buffers have room for a number of tokens; a larger step records the model anew.
 """
@@ -19,25 +22,34 @@ import logging
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cortex.models.batch import Batch, KVCache
-from cortex.models.kernels.cpu import RECORDING, CpuKernels
+from cortex.models.kernels.cpu import RECORDING, CpuKernels, Recorder
 from cortex.models.kernels.op import OPERATIONS, Op, Step
+from cortex.models.parallel import Group
 
 Model = Callable[[Batch], Tensor]
 ALIGNMENT = 64
 NEW_MEMORY = {torch.ops.aten.empty.memory_format}
 """What the recorder itself asks of torch; a model that writes there has to compute first."""
 
-LOOK_UPS = frozenset({"rows", "tiled_rows"})
+LOOK_UPS = frozenset({"rows", "tiled_rows", "rows_of_share"})
 """Operations that fail for want of a row; all others for want of memory."""
 
 log = logging.getLogger(__name__)
+
+
+class Together(NamedTuple):
+    """What the ranks do between two operations, on so many rows of the step."""
+
+    after: int  # operations of the list
+    is_sampled: bool  # whether its rows are those with logits, not all tokens
+    run: Callable[[int], object]
 
 
 class NotRecordable(Exception):
@@ -140,7 +152,8 @@ class _Recording:
             finally:
                 RECORDING.reset(token)
         self._ops = (Op * len(recorder.ops))(*recorder.ops)
-        self._slabs = recorder.slabs  # which the operations work on
+        self._together = recorder.together
+        self._slabs = recorder.slabs  # which all of them work on
 
     @property
     def buffer_bytes(self) -> int:
@@ -158,17 +171,27 @@ class _Recording:
         _put(inputs.query_starts, batch.query_starts)
         _put(inputs.context_tokens, batch.context_tokens)
         _put(inputs.sampled, batch.sampled)
+        if batch.state_slots is not None:
+            assert inputs.state_slots is not None
+            _put(inputs.state_slots, batch.state_slots)
         if sequences == 1:
             _put(inputs.block_tables, batch.block_tables)
         else:
             inputs.block_tables[:sequences, :blocks] = batch.block_tables
         step = Step(tokens, sampled, sequences, torch.get_num_threads())
-        failed = self._library.cortex_run(
-            ctypes.addressof(self._ops), len(self._ops), ctypes.addressof(step), seconds
-        )
+        done = 0
+        for together in self._together:
+            self._run_ops(done, together.after, step, seconds)
+            together.run(sampled if together.is_sampled else tokens)
+            done = together.after
+        self._run_ops(done, len(self._ops), step, seconds)
+        return self._logits[:sampled]
+
+    def _run_ops(self, first: int, end: int, step: Step, seconds: Any) -> None:
+        ops, count = ctypes.addressof(self._ops), len(self._ops)
+        failed = self._library.cortex_run(ops, count, first, end, ctypes.addressof(step), seconds)
         if failed:
             raise _failure(OPERATIONS[failed - 1])
-        return self._logits[:sampled]
 
 
 def _put(to: Tensor, values: Tensor) -> None:
@@ -177,12 +200,13 @@ def _put(to: Tensor, values: Tensor) -> None:
     ctypes.memmove(to.data_ptr(), values.data_ptr(), values.nbytes)
 
 
-class _Recorder(CpuKernels):
+class _Recorder(Recorder):
     """Writes operations down; what they return has a place, and nothing in it yet."""
 
     def __init__(self, kernels: CpuKernels, inputs: Batch, room: Room) -> None:
         self.library = kernels.library
         self.ops: list[Op] = []
+        self.together: list[Together] = []
         self.slabs: list[Tensor] = []
         self._free: list[Tensor] = []
         self._room = room
@@ -211,6 +235,24 @@ class _Recorder(CpuKernels):
         self.ops.append(Op.of(name, arguments, is_sampled=self._has_logits(rows_of)))
         return 0
 
+    def all_reduce(self, x: Tensor, group: Group) -> Tensor:
+        """Write down that [M, N] is summed over the ranks of *group*, in place; return it."""
+        assert group.collectives is not None, "a group that only loads computes nothing"
+        place, reduce = _place(x), group.collectives.all_reduce
+        self._cut(x, lambda rows: reduce(place[:rows]))
+        return x
+
+    def all_gather(self, x: Tensor, group: Group) -> Tensor:
+        """Write down that [M, n] of all ranks is put side by side -> [M, n * ranks]."""
+        assert group.collectives is not None, "a group that only loads computes nothing"
+        y = self.new(x, x.size(1) * group.ranks)
+        place, to, gather = _place(x), _place(y), group.collectives.all_gather
+        self._cut(x, lambda rows: to[:rows].copy_(gather(place[:rows])))
+        return y
+
+    def _cut(self, rows_of: Tensor, run: Callable[[int], object]) -> None:
+        self.together.append(Together(len(self.ops), self._has_logits(rows_of), run))
+
     def _has_logits(self, x: Tensor) -> bool:
         return self._is_sampled[x.untyped_storage().data_ptr()]
 
@@ -222,6 +264,12 @@ class _Recorder(CpuKernels):
         slab = torch.empty(-(-size // ALIGNMENT) * ALIGNMENT, dtype=torch.uint8)
         self.slabs.append(slab)
         return slab
+
+
+def _place(x: Tensor) -> Tensor:
+    """Return where *x* lies, as a tensor that does not keep others from lying there later."""
+    memory = (ctypes.c_char * x.nbytes).from_address(x.data_ptr())
+    return torch.frombuffer(memory, dtype=x.dtype).view(x.shape)
 
 
 def _failure(operation: str) -> Exception:
@@ -244,6 +292,7 @@ def _inputs(room: Room, cache: KVCache) -> Batch:
         block_tables=zeros(room.sequences, room.blocks, dtype=torch.int32),
         sampled=zeros(room.sampled, dtype=torch.int64),
         cache=cache,
+        state_slots=zeros(room.sequences, dtype=torch.int64),
     )
 
 

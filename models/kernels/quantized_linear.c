@@ -1,129 +1,21 @@
 /* Products with quantised weights, in whole numbers: activations take 16 bits, weights stay packed.
  *
- * A row of activations is cut into blocks of 32, as the weights are. A block x becomes whole numbers
- * q = round(x / s) with s = max |x| / 32512, so that
+ * A row of activations is cut into blocks of 32. A block x becomes whole numbers q = round(x / s) with
+ * s = max |x| / 32512, so that
  *
- *     w . x  =  sum over blocks of  s * (d * sum(code * q) + m * sum(q))
+ *     w . x  =  sum over runs of  s * (scale * sum((code - offset) * q) + minimum * sum(q))
  *
- * where the sums run over whole numbers: they are exact, and the same on every CPU. Blocks are added
- * in order, by fused multiply-adds. So a row's result does not depend on other rows or on threads.
- * Rounding activations to 16 bits costs 1e-5 of a logit's size (int8, as elsewhere, 1e-3).
+ * where the inner sums run over whole numbers: they are exact, and the same on every CPU. Runs, of 32
+ * inputs or of 16, are added in order, by fused multiply-adds. So a row's result does not depend on
+ * other rows or on threads. Rounding activations to 16 bits costs 1e-5 of a logit's size (int8, as
+ * elsewhere, 1e-3).
  *
- * Weights lie in tiles of OUTPUTS rows. The tile of one block of 32 inputs holds
- *
- *     codes     8 groups of 4 inputs; in a group the four codes of output 0, of output 1, ...
- *               4 and 5 bits: two groups share 64 bytes, the even one in the low halves
- *     high      5 bits only: the fifth bits, 8 bytes a group, bit 4 * output + input
- *     d         float16, one an output
- *     m         float16, one an output; Q4_1 and Q5_1 only
- *
- * as many bytes as the OUTPUTS blocks had before; the last tile is padded with zeros.
+ * Float8 are no whole numbers: fp8_linear.c multiplies with them.
  */
-#define OUTPUTS 16
-#define BLOCK 32
-#define GROUPS 8 /* of 4 inputs in a block */
-#define ROWS 8   /* of activations multiplied at once, each with its sums in a register */
+#define ROWS 8  /* of activations multiplied at once, each with its sums in a register */
+#define SUMS 64 /* of rows that share what was unpacked */
 
-typedef struct {
-    int bits, offset, has_minimum;
-} Codes;
-
-/* What a stored code means: weight = d * (code - offset) + m. */
-INLINE Codes codes_of(int kind) {
-    switch (kind) {
-    case Q4_0: return (Codes){4, 8, 0};
-    case Q4_1: return (Codes){4, 0, 1};
-    case Q5_0: return (Codes){5, 16, 0};
-    case Q5_1: return (Codes){5, 0, 1};
-    default: return (Codes){8, 128, 0}; /* Q8_0 */
-    }
-}
-
-INLINE int tile_bytes(Codes c) {
-    return OUTPUTS * (BLOCK * c.bits / 8 + 2 + 2 * c.has_minimum);
-}
-
-/* ---- packing ---- */
-
-/* The 32 codes of one block as it is stored in the file. */
-static void codes_of_block(int kind, const uint8_t *block, uint8_t *to) {
-    const Codes c = codes_of(kind);
-    const uint8_t *at = block + 2 + 2 * c.has_minimum;
-    uint32_t high = 0;
-    if (c.bits == 8) {
-        for (int k = 0; k < BLOCK; k++) to[k] = at[k] ^ 128;
-        return;
-    }
-    if (c.bits == 5) {
-        memcpy(&high, at, 4);
-        at += 4;
-    }
-    for (int k = 0; k < BLOCK; k++) {
-        to[k] = k < 16 ? at[k] & 15 : at[k - 16] >> 4;
-        to[k] |= (high >> k & 1) << 4;
-    }
-}
-
-/* The 4-bit codes of one block to its places in a tile, eight at a time: most weights are such. The
- * bytes of the file hold inputs 0 to 15 in their low halves, 16 to 31 in their high ones. */
-INLINE void pack_halves(const uint8_t *at, uint8_t *tile, int output) {
-    for (int eight = 0; eight < BLOCK / 8; eight++) {
-        uint64_t codes;
-        memcpy(&codes, at + eight % 2 * 8, 8);
-        codes = codes >> eight / 2 * 4 & 0x0f0f0f0f0f0f0f0full;
-        const uint32_t pairs = (uint32_t)(codes | codes >> 28);
-        memcpy(tile + eight * 64 + output * 4, &pairs, 4);
-    }
-}
-
-/* Those of 5 or 8 bits. */
-static void pack_codes(int kind, const uint8_t *block, uint8_t *tile, int output) {
-    uint8_t codes[BLOCK], *high = tile + OUTPUTS * BLOCK / 2;
-    codes_of_block(kind, block, codes);
-    for (int k = 0; k < BLOCK; k++) {
-        const int group = k / 4, lane = output * 4 + k % 4;
-        if (codes_of(kind).bits == 8) {
-            tile[group * 64 + lane] = codes[k];
-        } else {
-            tile[group / 2 * 64 + lane] |= (codes[k] & 15) << 4 * (group % 2);
-            high[group * 8 + lane / 8] |= (codes[k] >> 4) << lane % 8;
-        }
-    }
-}
-
-typedef struct {
-    const uint8_t *from;
-    uint8_t *to;
-    int64_t row_bytes;
-    int kind, N, blocks;
-} Packing;
-
-static void pack_tile(void *argument, int64_t item) {
-    const Packing *o = argument;
-    const Codes c = codes_of(o->kind);
-    const int size = tile_bytes(c), stored = size / OUTPUTS, rows = o->N - (int)item * OUTPUTS;
-    uint8_t *tile = o->to + item * o->blocks * size;
-    for (int b = 0; b < o->blocks; b++, tile += size) {
-        memset(tile, 0, size);
-        uint8_t *scales = tile + OUTPUTS * BLOCK * c.bits / 8;
-        for (int r = 0; r < OUTPUTS && r < rows; r++) {
-            const uint8_t *block = o->from + (item * OUTPUTS + r) * o->row_bytes + (int64_t)b * stored;
-            if (c.bits == 4) {
-                pack_halves(block + 2 + 2 * c.has_minimum, tile, r);
-            } else {
-                pack_codes(o->kind, block, tile, r);
-            }
-            memcpy(scales + 2 * r, block, 2);
-            if (c.has_minimum) memcpy(scales + 2 * OUTPUTS + 2 * r, block + 2, 2);
-        }
-    }
-}
-
-/* Tiles of w[N, K], as many bytes as its rows padded to a multiple of OUTPUTS. */
-void cortex_pack(int kind, const uint8_t *w, int64_t row_bytes, uint8_t *tiles, int N, int K, int threads) {
-    Packing packing = {w, tiles, row_bytes, kind, N, K / BLOCK};
-    for_each(threads, (N + OUTPUTS - 1) / OUTPUTS, pack_tile, &packing);
-}
+INLINE int rows_at_once(int rest) { return rest >= 8 ? 8 : rest >= 4 ? 4 : rest >= 2 ? 2 : 1; }
 
 /* ---- activations ---- */
 
@@ -136,19 +28,22 @@ typedef struct {
     };
 } Quants;
 
+/* What belongs to it: its scale s, and the sums of its whole numbers. */
 typedef struct {
-    Quants *q;    /* [M, blocks] */
-    float *scale; /* [M, blocks] */
-    int32_t *sum; /* [M, blocks], of the whole numbers */
+    float scale;
+    int32_t sum[3];    /* of the first 16, of the others, of all */
+    float weighted[3]; /* these times the scale */
+    int32_t unused;
+} Sums;
+
+typedef struct {
+    const float *x; /* [M, K] */
+    Quants *q;      /* [M, stride]; not for float8 */
+    Sums *sums;     /* the same */
+    int64_t stride; /* blocks from one row to the next: odd, or rows meet in one set of the cache */
 } Activations;
 
-#if defined(__AVX512VNNI__) && defined(__AVX512BW__)
-#define VNNI 1
-#else
-#define VNNI 0
-#endif
-
-static void quantize_block(const float *x, Quants *q, float *scale, int32_t *sum) {
+static void quantize_block(const float *x, Quants *q, Sums *to) {
     floats a = load(x), b = load(x + LANES);
     const words magnitude = (words){} + 0x7fffffff;
     words top = (words)a & magnitude, other = (words)b & magnitude;
@@ -158,18 +53,20 @@ static void quantize_block(const float *x, Quants *q, float *scale, int32_t *sum
     for (int i = 0; i < LANES; i++) most = top[i] > most ? top[i] : most;
     float peak;
     memcpy(&peak, &most, 4);
-    *scale = peak / 32512.f;
+    const float scale = peak / 32512.f;
     const float by = peak > 1e-30f ? 32512.f / peak : 0.f;
     const floats magic = splat(12582912.f); /* 1.5 * 2^23: adding it rounds to a whole number */
     ints p = (ints)(a * by + magic) - (ints)magic, r = (ints)(b * by + magic) - (ints)magic;
-    int32_t total = 0;
+    int32_t first = 0, second = 0;
     int16_t whole[BLOCK];
     for (int i = 0; i < LANES; i++) {
         whole[i] = (int16_t)p[i];
         whole[i + LANES] = (int16_t)r[i];
     }
-    for (int i = 0; i < BLOCK; i++) total += whole[i];
-    *sum = total;
+    for (int i = 0; i < LANES; i++) first += whole[i];
+    for (int i = 0; i < LANES; i++) second += whole[i + LANES];
+    const int32_t total = first + second;
+    *to = (Sums){scale, {first, second, total}, {scale * first, scale * second, scale * total}};
     if (VNNI)
         for (int i = 0; i < BLOCK; i++) {
             q->half[0][i] = (int8_t)((whole[i] + 128) >> 8);
@@ -180,7 +77,6 @@ static void quantize_block(const float *x, Quants *q, float *scale, int32_t *sum
 }
 
 typedef struct {
-    const float *x;
     Activations to;
     int blocks;
 } Quantizing;
@@ -188,48 +84,35 @@ typedef struct {
 static void quantize_row(void *argument, int64_t m) {
     const Quantizing *o = argument;
     for (int b = 0; b < o->blocks; b++) {
-        const int64_t at = m * o->blocks + b;
-        quantize_block(o->x + at * BLOCK, o->to.q + at, o->to.scale + at, o->to.sum + at);
+        const int64_t at = m * o->to.stride + b;
+        quantize_block(o->to.x + (m * o->blocks + b) * BLOCK, o->to.q + at, o->to.sums + at);
     }
+}
+
+/* Rows x[M, K] as products with *kind* take them, in memory of this thread until its next product;
+ * -1 without memory. */
+static int activate(int kind, const float *x, int M, int K, int threads, Activations *to) {
+    const int64_t stride = K / BLOCK | 1, count = M * stride;
+    *to = (Activations){x, NULL, NULL, stride};
+    if (kind == FP8) return 0;
+    char *memory = (char *)scratch(count * (sizeof(Quants) + sizeof(Sums)) / sizeof(float));
+    if (!memory) return -1;
+    to->q = (Quants *)memory;
+    to->sums = (Sums *)(to->q + count);
+    Quantizing quantizing = {*to, K / BLOCK};
+    for_each(M > 8 ? threads : 1, M, quantize_row, &quantizing);
+    return 0;
 }
 
 /* ---- the product ---- */
 
-typedef uint8_t bytes64 __attribute__((vector_size(64)));
-typedef int16_t shorts32 __attribute__((vector_size(64)));
-
-/* The codes of one tile of a block, a byte each: [GROUPS][OUTPUTS * 4]. */
-INLINE void unpack_codes(const Codes c, const uint8_t *tile, bytes64 *codes) {
-#pragma GCC unroll 8
-    for (int group = 0; group < GROUPS; group++) {
-        if (c.bits == 8) {
-            memcpy(&codes[group], tile + group * 64, 64);
-            continue;
-        }
-        if (group % 2 == 0) {
-            bytes64 both;
-            memcpy(&both, tile + group / 2 * 64, 64);
-            codes[group] = both & 15;
-            codes[group + 1] = (bytes64)((shorts32)both >> 4) & 15;
-        }
-        if (c.bits == 5) {
-            uint64_t high;
-            memcpy(&high, tile + OUTPUTS * BLOCK / 2 + group * 8, 8);
+/* start + sum(code * q) over some groups of a block, for OUTPUTS outputs. */
+INLINE ints dot_groups(const bytes64 *codes, const Quants *q, const int first, const int end, int start) {
+    const ints from = (ints){} + start;
 #if VNNI
-            codes[group] |= (bytes64)_mm512_maskz_set1_epi8(high, 16);
-#else
-            for (int i = 0; i < 64; i++) codes[group][i] |= (high >> i & 1) << 4;
-#endif
-        }
-    }
-}
-
-/* sum(code * q) of one block for OUTPUTS outputs. */
-INLINE ints dot(const bytes64 *codes, const Quants *q) {
-#if VNNI
-    __m512i high = _mm512_setzero_si512(), low = _mm512_setzero_si512();
+    __m512i high = _mm512_setzero_si512(), low = (__m512i)from;
 #pragma GCC unroll 8
-    for (int group = 0; group < GROUPS; group++) {
+    for (int group = first; group < end; group++) {
         int32_t h, l;
         memcpy(&h, q->half[0] + 4 * group, 4);
         memcpy(&l, q->half[1] + 4 * group, 4);
@@ -240,7 +123,7 @@ INLINE ints dot(const bytes64 *codes, const Quants *q) {
 #elif defined(__AVX2__)
     union { ints all; __m128i part[4]; } sum;
     __m256i pairs[4] = {};
-    for (int group = 0; group < GROUPS; group++) {
+    for (int group = first; group < end; group++) {
         int64_t four;
         memcpy(&four, q->whole + 4 * group, 8);
         const __m256i by = _mm256_set1_epi64x(four);
@@ -252,10 +135,10 @@ INLINE ints dot(const bytes64 *codes, const Quants *q) {
     }
     for (int i = 0; i < 4; i++)
         sum.part[i] = _mm_hadd_epi32(_mm256_castsi256_si128(pairs[i]), _mm256_extracti128_si256(pairs[i], 1));
-    return sum.all;
+    return sum.all + from;
 #else
-    ints sum = {};
-    for (int group = 0; group < GROUPS; group++)
+    ints sum = from;
+    for (int group = first; group < end; group++)
         for (int i = 0; i < 4; i++)
             for (int r = 0; r < OUTPUTS; r++)
                 sum[r] += (int)codes[group][4 * r + i] * q->whole[4 * group + i];
@@ -263,116 +146,179 @@ INLINE ints dot(const bytes64 *codes, const Quants *q) {
 #endif
 }
 
-INLINE floats halves_at(const uint8_t *p) {
-    halves h;
-    memcpy(&h, p, sizeof h);
-    return from_half(h);
+/* What a panel's codes mean: of its one run or its two. */
+typedef struct {
+    int runs, has_minimum, offset;
+} Meaning;
+
+INLINE Meaning meaning_of(Format f) { return (Meaning){BLOCK / f.run, f.has_minimum, f.offset}; }
+
+/* y + what one block of inputs gives. */
+INLINE floats add_block(const Meaning f, const bytes64 *codes, const Affines *affines, const Quants *q,
+                        const Sums *sums, floats y) {
+#pragma GCC unroll 2
+    for (int run = 0; run < f.runs; run++) {
+        const int which = f.runs == 2 ? run : 2;
+        const int first = run * GROUPS / f.runs, end = (run + 1) * GROUPS / f.runs;
+        const ints whole = dot_groups(codes, q, first, end, -f.offset * sums->sum[which]);
+        y = madd(__builtin_convertvector(whole, floats), affines[run].scale * sums->scale, y);
+        if (f.has_minimum) y = madd(affines[run].minimum, splat(sums->weighted[which]), y);
+    }
+    return y;
 }
 
-/* y[R, OUTPUTS] = R rows of activations times one column of tiles. */
-INLINE void multiply_tiles(const int R, const int kind, const uint8_t *tile, int blocks, const Activations *x,
-                           int64_t first, floats *to) {
-    const Codes c = codes_of(kind);
-    const int size = tile_bytes(c);
+/* ---- one row: unpacked in registers ---- */
+
+INLINE floats multiply_tiles(const int kind, const uint8_t *tile, int K, const Activations *x, int64_t row) {
+    const Format f = format_of(kind);
+    const int64_t end = row * x->stride + K / BLOCK;
+    floats y = {};
+    for (int64_t at = row * x->stride; at < end; tile += tile_bytes(f)) {
+        const Scales scales = scales_of(f, tile);
+#pragma GCC unroll 1
+        for (int p = 0; p < panels_of(f); p++, at++) {
+            bytes64 codes[GROUPS];
+            Affines affines[2];
+            unpack_panel(f, tile, &scales, p, codes, affines);
+            y = add_block(meaning_of(f), codes, affines, x->q + at, x->sums + at, y);
+        }
+    }
+    return y;
+}
+
+#define MULTIPLY(kind) case kind: return multiply_tiles(kind, tiles, K, x, row)
+
+static floats multiply_row(int kind, const uint8_t *tiles, int K, const Activations *x, int64_t row) {
+    switch (kind) {
+    MULTIPLY(Q4_0); MULTIPLY(Q4_1); MULTIPLY(Q5_0); MULTIPLY(Q5_1); MULTIPLY(IQ4_NL); MULTIPLY(Q2_K);
+    MULTIPLY(Q3_K); MULTIPLY(Q4_K); MULTIPLY(Q5_K); MULTIPLY(Q6_K); MULTIPLY(IQ4_XS);
+    default: return multiply_tiles(Q8_0, tiles, K, x, row);
+    }
+}
+
+/* ---- many rows: unpacked once for all of them, PANELS panels at a time ---- */
+
+#define PANELS 8
+
+typedef struct {
+    bytes64 codes[PANELS][GROUPS];
+    Affines affines[PANELS][2];
+} Chunk;
+
+INLINE void unpack_tiles(const int kind, const uint8_t *tile, int panels, Chunk *to) {
+    const Format f = format_of(kind);
+    for (int at = 0; at < panels; tile += tile_bytes(f)) {
+        const Scales scales = scales_of(f, tile);
+        for (int p = 0; p < panels_of(f); p++, at++)
+            unpack_panel(f, tile, &scales, p, to->codes[at], to->affines[at]);
+    }
+}
+
+#define UNPACK_TILES(kind) case kind: unpack_tiles(kind, tiles, panels, to); break
+
+static void unpack_chunk(int kind, const uint8_t *tiles, int panels, Chunk *to) {
+    switch (kind) {
+    UNPACK_TILES(Q4_0); UNPACK_TILES(Q4_1); UNPACK_TILES(Q5_0); UNPACK_TILES(Q5_1); UNPACK_TILES(Q8_0);
+    UNPACK_TILES(IQ4_NL); UNPACK_TILES(Q2_K); UNPACK_TILES(Q3_K); UNPACK_TILES(Q4_K); UNPACK_TILES(Q5_K);
+    UNPACK_TILES(Q6_K); UNPACK_TILES(IQ4_XS);
+    }
+}
+
+/* y[R, OUTPUTS] += a chunk times R rows, whose blocks are *stride* apart. */
+INLINE void add_rows(const int R, const Meaning f, const Chunk *w, int panels, const Quants *q, const Sums *sums,
+                     int64_t stride, floats *to) {
     floats y[ROWS];
 #pragma GCC unroll 8
-    for (int r = 0; r < R; r++) y[r] = (floats){};
-    for (int b = 0; b < blocks; b++, tile += size) {
+    for (int r = 0; r < R; r++) y[r] = to[r];
+#pragma GCC unroll 1
+    for (int p = 0; p < panels; p++) {
         bytes64 codes[GROUPS];
-        unpack_codes(c, tile, codes);
-        const uint8_t *scales = tile + OUTPUTS * BLOCK * c.bits / 8;
-        const floats d = halves_at(scales);
-        floats m = {};
-        if (c.has_minimum) m = halves_at(scales + 2 * OUTPUTS);
 #pragma GCC unroll 8
-        for (int r = 0; r < R; r++) {
-            const int64_t at = (first + r) * blocks + b;
-            const ints sum = dot(codes, x->q + at) - c.offset * x->sum[at];
-            const float s = x->scale[at];
-            y[r] = madd(__builtin_convertvector(sum, floats), d * s, y[r]);
-            if (c.has_minimum) y[r] = madd(m, splat(s * (float)x->sum[at]), y[r]);
-        }
+        for (int group = 0; group < GROUPS; group++) codes[group] = w->codes[p][group];
+#pragma GCC unroll 8
+        for (int r = 0; r < R; r++)
+            y[r] = add_block(f, codes, w->affines[p], q + r * stride + p, sums + r * stride + p, y[r]);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) to[r] = y[r];
 }
 
-#define MULTIPLY(R)                                                                                         \
-    static __attribute__((noinline)) void multiply_##R(int kind, const uint8_t *tile, int blocks,           \
-                                                       const Activations *x, int64_t first, floats *y) {    \
-        switch (kind) {                                                                                     \
-        case Q4_0: multiply_tiles(R, Q4_0, tile, blocks, x, first, y); break;                               \
-        case Q4_1: multiply_tiles(R, Q4_1, tile, blocks, x, first, y); break;                               \
-        case Q5_0: multiply_tiles(R, Q5_0, tile, blocks, x, first, y); break;                               \
-        case Q5_1: multiply_tiles(R, Q5_1, tile, blocks, x, first, y); break;                               \
-        default: multiply_tiles(R, Q8_0, tile, blocks, x, first, y);                                        \
+#define ADD_ROWS(R)                                                                                         \
+    static __attribute__((noinline)) void add_rows_##R(Meaning f, const Chunk *w, int panels,               \
+                                                       const Quants *q, const Sums *sums, int64_t stride,   \
+                                                       floats *y) {                                         \
+        switch (2 * (f.runs - 1) + f.has_minimum) {                                                         \
+        case 0: add_rows(R, (Meaning){1, 0, f.offset}, w, panels, q, sums, stride, y); break;               \
+        case 1: add_rows(R, (Meaning){1, 1, 0}, w, panels, q, sums, stride, y); break;                      \
+        case 2: add_rows(R, (Meaning){2, 0, f.offset}, w, panels, q, sums, stride, y); break;               \
+        default: add_rows(R, (Meaning){2, 1, 0}, w, panels, q, sums, stride, y);                            \
         }                                                                                                   \
     }
-MULTIPLY(1) MULTIPLY(2) MULTIPLY(4) MULTIPLY(8)
+ADD_ROWS(1) ADD_ROWS(2) ADD_ROWS(4) ADD_ROWS(8)
+
+static void multiply_rows(int kind, const uint8_t *tiles, int K, const Activations *x, int64_t first, int M,
+                          floats *y) {
+    const Format f = format_of(kind);
+    const int64_t blocks = K / BLOCK;
+    Chunk chunk;
+    for (int b = 0; b < blocks; b += PANELS) {
+        const int panels = blocks - b < PANELS ? blocks - b : PANELS;
+        unpack_chunk(kind, tiles + b / panels_of(f) * (int64_t)tile_bytes(f), panels, &chunk);
+        for (int m = 0, rows; m < M; m += rows) {
+            const int64_t at = (first + m) * x->stride + b;
+            rows = rows_at_once(M - m);
+            switch (rows) {
+            case 8: add_rows_8(meaning_of(f), &chunk, panels, x->q + at, x->sums + at, x->stride, y + m); break;
+            case 4: add_rows_4(meaning_of(f), &chunk, panels, x->q + at, x->sums + at, x->stride, y + m); break;
+            case 2: add_rows_2(meaning_of(f), &chunk, panels, x->q + at, x->sums + at, x->stride, y + m); break;
+            default: add_rows_1(meaning_of(f), &chunk, panels, x->q + at, x->sums + at, x->stride, y + m);
+            }
+        }
+    }
+}
+
+#include "fp8_linear.c"
+
+/* ---- the whole ---- */
+
+/* y[M, outputs] = rows *first* to first + M of the activations times one column of tiles, of which the
+ * first *outputs* are wanted; rows of y are ldy floats apart. */
+static void multiply_column(int kind, const uint8_t *tiles, int K, const Activations *x, int64_t first, int M,
+                            float *y, int64_t ldy, int outputs) {
+    for (int m = 0; m < M; m += SUMS) {
+        const int rows = M - m < SUMS ? M - m : SUMS;
+        floats sums[SUMS];
+        memset(sums, 0, rows * sizeof(floats));
+        if (kind == FP8)
+            multiply_fp8(tiles, K, x->x + (first + m) * K, rows, sums);
+        else if (rows == 1)
+            sums[0] = multiply_row(kind, tiles, K, x, first + m);
+        else
+            multiply_rows(kind, tiles, K, x, first + m, rows, sums);
+        for (int r = 0; r < rows; r++) memcpy(y + (m + r) * ldy, &sums[r], outputs * sizeof(float));
+    }
+}
 
 typedef struct {
     const uint8_t *tiles;
     Activations x;
     float *y;
     int64_t ldy;
-    int kind, M, N, blocks;
+    int kind, M, N, K;
 } Tiled;
 
 static void tiled_item(void *argument, int64_t item) {
     const Tiled *o = argument;
-    const uint8_t *tile = o->tiles + item * o->blocks * tile_bytes(codes_of(o->kind));
     const int left = o->N - (int)item * OUTPUTS, outputs = left < OUTPUTS ? left : OUTPUTS;
-    for (int m = 0, rows; m < o->M; m += rows) {
-        floats y[ROWS];
-        const int rest = o->M - m;
-        rows = rest >= 8 ? 8 : rest >= 4 ? 4 : rest >= 2 ? 2 : 1;
-        switch (rows) {
-        case 8: multiply_8(o->kind, tile, o->blocks, &o->x, m, y); break;
-        case 4: multiply_4(o->kind, tile, o->blocks, &o->x, m, y); break;
-        case 2: multiply_2(o->kind, tile, o->blocks, &o->x, m, y); break;
-        default: multiply_1(o->kind, tile, o->blocks, &o->x, m, y);
-        }
-        for (int r = 0; r < rows; r++)
-            memcpy(o->y + (m + r) * o->ldy + item * OUTPUTS, &y[r], outputs * sizeof(float));
-    }
+    multiply_column(o->kind, o->tiles + item * column_bytes(o->kind, o->K), o->K, &o->x, 0, o->M,
+                    o->y + item * OUTPUTS, o->ldy, outputs);
 }
 
 /* y[M, N] = x[M, K] W^T for tiles of W; rows of y are ldy floats apart. Returns -1 without memory. */
 int cortex_tiled_linear(int kind, const uint8_t *tiles, const float *x, float *y, int64_t ldy, int M, int N,
                         int K, int threads) {
-    const int blocks = K / BLOCK;
-    const int64_t count = (int64_t)M * blocks;
-    char *memory = (char *)scratch(count * (sizeof(Quants) + 8) / sizeof(float));
-    if (!memory) return -1;
-    const Activations q = {(Quants *)memory, (float *)(memory + count * sizeof(Quants)),
-                           (int32_t *)(memory + count * (sizeof(Quants) + 4))};
-    Quantizing quantizing = {x, q, blocks};
-    for_each(M > 8 ? threads : 1, M, quantize_row, &quantizing);
-    Tiled tiled = {tiles, q, y, ldy, kind, M, N, blocks};
+    Tiled tiled = {tiles, {}, y, ldy, kind, M, N, K};
+    if (activate(kind, x, M, K, threads, &tiled.x)) return -1;
     for_each(threads, (N + OUTPUTS - 1) / OUTPUTS, tiled_item, &tiled);
-    return 0;
-}
-
-/* y[M, K] = rows ids[M] of w[N, K], dequantised from its tiles. Returns -1 if an id is no row. */
-int cortex_tiled_rows(int kind, const uint8_t *tiles, const int64_t *ids, float *y, int M, int64_t N, int K) {
-    const Codes c = codes_of(kind);
-    const int size = tile_bytes(c);
-    for (int m = 0; m < M; m++) {
-        if (ids[m] < 0 || ids[m] >= N) return -1;
-        const int row = ids[m] % OUTPUTS;
-        const uint8_t *tile = tiles + ids[m] / OUTPUTS * (K / BLOCK) * size;
-        float *to = y + (int64_t)m * K;
-        for (int b = 0; b < K / BLOCK; b++, tile += size) {
-            const uint8_t *scales = tile + OUTPUTS * BLOCK * c.bits / 8 + 2 * row;
-            const float d = half_at(scales), least = c.has_minimum ? half_at(scales + 2 * OUTPUTS) : 0.f;
-            for (int k = 0; k < BLOCK; k++) {
-                const int group = k / 4, lane = row * 4 + k % 4;
-                int code = tile[c.bits == 8 ? group * 64 + lane : group / 2 * 64 + lane];
-                if (c.bits != 8) code = code >> 4 * (group % 2) & 15;
-                if (c.bits == 5) code |= (tile[OUTPUTS * BLOCK / 2 + group * 8 + lane / 8] >> lane % 8 & 1) << 4;
-                to[b * BLOCK + k] = (float)(code - c.offset) * d + least;
-            }
-        }
-    }
     return 0;
 }

@@ -8,14 +8,16 @@ batch or chunking. Shapes as in ``models.batch``; M rows, N outputs, K inputs of
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from cortex.models.batch import Batch
-from cortex.models.quantization import DENSE, Part
+from cortex.models.kernels import planes
+from cortex.models.kernels.blocks import UNPACK
+from cortex.models.quantization import DENSE, STORED, ExpertMatrix, Part
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 """Widths that activations may have."""
@@ -24,68 +26,31 @@ UNPACKED_AT_ONCE = 1 << 24
 """Weights unpacked for one product: in float32 64 MiB, where a large model's head would be GiBs."""
 
 
-def dequantize(kind: str, data: Tensor) -> Tensor:
-    """Unpack uint8 [M, bytes of a row] to float32 [M, K]."""
+def dequantize(kind: str, data: Tensor, *, is_planar: bool = False) -> Tensor:
+    """Unpack uint8 [M, bytes of a row] to float32 [M, K]; *is_planar* as in ``planes``."""
     if kind in DENSE:
         return data.view(DENSE[kind]).float()
-    return UNPACK[kind](data).flatten(1)
+    if is_planar:
+        data = planes.stored(kind, data)
+    blocks = data.reshape(data.size(0), -1, STORED[kind].block_bytes)
+    return UNPACK[kind](blocks).flatten(1)
 
 
 def rows(part: Part, ids: Tensor) -> Tensor:
     """Unpack rows *ids* [T] to float32 [T, K]; raises IndexError."""
-    return dequantize(part.kind, part.data.index_select(0, ids))
+    return dequantize(part.kind, part.data.index_select(0, ids), is_planar=part.is_planar)
 
 
-def _q4_0(data: Tensor) -> Tensor:
-    blocks = data.reshape(data.size(0), -1, 18)
-    return (_nibbles(blocks[..., 2:]) - 8.0) * _half(blocks, 0)
+def rows_of_share(part: Part, ids: Tensor, first: int, of: int) -> Tensor:
+    """Unpack rows *ids* [T] of a matrix of *of* rows, of which *part* holds those from *first* on.
 
-
-def _q4_1(data: Tensor) -> Tensor:
-    blocks = data.reshape(data.size(0), -1, 20)
-    return _nibbles(blocks[..., 4:]) * _half(blocks, 0) + _half(blocks, 2)
-
-
-def _q5_0(data: Tensor) -> Tensor:
-    blocks = data.reshape(data.size(0), -1, 22)
-    return (_nibbles(blocks[..., 6:]) + _fifth_bits(blocks, 2) - 16.0) * _half(blocks, 0)
-
-
-def _q5_1(data: Tensor) -> Tensor:
-    blocks = data.reshape(data.size(0), -1, 24)
-    quants = _nibbles(blocks[..., 8:]) + _fifth_bits(blocks, 4)
-    return quants * _half(blocks, 0) + _half(blocks, 2)
-
-
-def _q8_0(data: Tensor) -> Tensor:
-    blocks = data.reshape(data.size(0), -1, 34)
-    return blocks[..., 2:].contiguous().view(torch.int8).float() * _half(blocks, 0)
-
-
-def _nibbles(quants: Tensor) -> Tensor:
-    """[M, blocks, 16] bytes to [M, blocks, 32] float32 from 0 to 15."""
-    return torch.cat((quants & 15, quants >> 4), dim=-1).float()
-
-
-def _fifth_bits(blocks: Tensor, offset: int) -> Tensor:
-    """Return 16 where an element's bit is set in the 4 bytes at *offset*, float32 [.., .., 32]."""
-    places = torch.arange(8, dtype=torch.uint8, device=blocks.device)
-    bits = blocks[..., offset : offset + 4, None] >> places & 1  # [M, blocks, 4, 8]
-    return bits.flatten(-2).float() * 16.0
-
-
-def _half(blocks: Tensor, offset: int) -> Tensor:
-    """Return the float16 at a byte offset of every block, as float32 [M, blocks, 1]."""
-    return blocks[..., offset : offset + 2].contiguous().view(torch.float16).float()
-
-
-UNPACK: dict[str, Callable[[Tensor], Tensor]] = {
-    "Q4_0": _q4_0,
-    "Q4_1": _q4_1,
-    "Q5_0": _q5_0,
-    "Q5_1": _q5_1,
-    "Q8_0": _q8_0,
-}
+    [T, K] float32, zeros for the others; on a CPU IndexError for what is no row of the matrix.
+    """
+    is_beyond = not ids.is_cuda and bool(((ids < 0) | (ids >= of)).any())  # else it would wait
+    if is_beyond:
+        raise IndexError(f"row ids must be from 0 to {of - 1}")
+    here = (ids >= first) & (ids < first + part.rows)
+    return rows(part, torch.where(here, ids - first, 0)) * here[:, None]
 
 
 def take(x: Tensor, ids: Tensor) -> Tensor:
@@ -110,7 +75,7 @@ def weights(part: Part, columns: int, dtype: torch.dtype) -> Iterator[Tensor]:
         yield part.data.view(dtype)
         return
     for data in torch.split(part.data, max(1, UNPACKED_AT_ONCE // columns)):
-        yield dequantize(part.kind, data).to(dtype)
+        yield dequantize(part.kind, data, is_planar=part.is_planar).to(dtype)
 
 
 def add_bias(y: Tensor, bias: Tensor) -> Tensor:
@@ -137,17 +102,61 @@ def silu_multiply(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def rotation(positions: Tensor, frequencies: Tensor) -> tuple[Tensor, Tensor]:
-    """Cosines and sines, float32 [T, D / 2] each."""
+def route(logits: Tensor, top_k: int, *, is_normalised: bool) -> tuple[Tensor, Tensor]:
+    """Router logits [T, E] -> ids [T, k] int64 and weights [T, k] float32, by falling weight."""
+    ordered = logits.float().softmax(dim=-1).sort(dim=-1, descending=True, stable=True)
+    weights, ids = ordered.values[:, :top_k], ordered.indices[:, :top_k].contiguous()
+    return ids, weights / weights.sum(dim=-1, keepdim=True) if is_normalised else weights
+
+
+def experts(
+    x: Tensor,
+    ids: Tensor,
+    weights: Tensor,
+    *,
+    gate: ExpertMatrix,
+    up: ExpertMatrix,
+    down: ExpertMatrix,
+) -> Tensor:
+    """X [T, H] through the SwiGLUs *ids* [T, k], summed with *weights* [T, k] -> [T, H].
+
+    Sorted by expert; how many tokens each has is read from the device.
+    """
+    top_k = ids.size(1)
+    order = ids.flatten().argsort(stable=True)  # [T * k]
+    counts = ids.flatten().bincount(minlength=gate.experts).tolist()
+    outputs = torch.empty((order.size(0), x.size(1)), device=x.device, dtype=torch.float32)
+    for expert, places in enumerate(torch.split(order, counts)):
+        if places.size(0):
+            rows_in = x[places // top_k]
+            both = [linear(rows_in, [matrix.expert(expert)]) for matrix in (gate, up)]
+            inner = silu_multiply(torch.cat(both, dim=-1))
+            outputs[places] = linear(inner, [down.expert(expert)]).float()
+    return (outputs.view(-1, top_k, x.size(1)) * weights[..., None]).sum(dim=1).to(x.dtype)
+
+
+def add_gated(x: Tensor, y: Tensor, gate: Tensor) -> Tensor:
+    """[M, K] + sigmoid(gate [M, 1]) * [M, K] -> [M, K]; the arithmetic is float32."""
+    return (x.float() + gate.float().sigmoid() * y.float()).to(x.dtype)
+
+
+def rotation(
+    positions: Tensor, frequencies: Tensor, magnitude: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines, *magnitude* times as large, float32 [T, D / 2] each."""
     angles = positions[:, None].float() * frequencies
-    return angles.cos(), angles.sin()
+    return angles.cos() * magnitude, angles.sin() * magnitude
 
 
 def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
-    """[T, heads, D] -> [T, heads, D], halves convention; the arithmetic is float32."""
+    """[T, heads, D] -> [T, heads, D], halves convention; the arithmetic is float32.
+
+    What is behind the first two halves that have cosines stays as it is.
+    """
     cosines, sines = cosines[:, None], sines[:, None]  # [T, 1, D / 2]
-    first, second = x.float().chunk(2, dim=-1)
-    rotated = (first * cosines - second * sines, second * cosines + first * sines)
+    half = cosines.size(-1)
+    first, second, rest = torch.split(x.float(), [half, half, x.size(-1) - 2 * half], dim=-1)
+    rotated = (first * cosines - second * sines, second * cosines + first * sines, rest)
     return torch.cat(rotated, dim=-1).to(x.dtype)
 
 

@@ -130,9 +130,14 @@ def _rotate_and_store(
     HEADS: tl.constexpr,
     HALF: tl.constexpr,
     PADDED_HALF: tl.constexpr,
+    SIZE: tl.constexpr,
+    PADDED_REST: tl.constexpr,
     BLOCK_TOKENS: tl.constexpr,
 ):
-    """Grid (T, heads of q, then heads of k and v, HEADS at a time); a slot below 0 is none."""
+    """Grid (T, heads of q, then heads of k and v, HEADS at a time); a slot below 0 is none.
+
+    Of a head the first 2 * HALF elements turn, those up to SIZE do not.
+    """
     token = tl.program_id(0).to(tl.int64)
     half = tl.arange(0, PADDED_HALF)
     is_half = half < HALF
@@ -143,30 +148,45 @@ def _rotate_and_store(
     if program < q_programs:
         q_head = (program * HEADS + tl.arange(0, HEADS))[:, None]
         is_q = (q_head < Q_HEADS) & is_half[None, :]
-        q_at = q_head * (2 * HALF) + half[None, :]
+        q_at = q_head * SIZE + half[None, :]
         q_first, q_second = _turn(q + token * q_stride + q_at, cosine, sine, is_q, HALF)
-        q_to = rotated + token * (Q_HEADS * 2 * HALF) + q_at
+        q_to = rotated + token * (Q_HEADS * SIZE) + q_at
         tl.store(q_to, q_first, mask=is_q)
         tl.store(q_to + HALF, q_second, mask=is_q)
+        if SIZE > 2 * HALF:
+            rest = 2 * HALF + tl.arange(0, PADDED_REST)[None, :]
+            is_rest = (q_head < Q_HEADS) & (rest < SIZE)
+            unturned = tl.load(q + token * q_stride + q_head * SIZE + rest, mask=is_rest)
+            tl.store(rotated + (token * Q_HEADS + q_head) * SIZE + rest, unturned, mask=is_rest)
     else:
         slot = tl.load(slots + token).to(tl.int64)
         head = ((program - q_programs) * HEADS + tl.arange(0, HEADS))[:, None]
-        mask = (head < tl.where(slot < 0, 0, KV_HEADS)) & is_half[None, :]
-        at = head * (2 * HALF) + half[None, :]
+        is_stored = head < tl.where(slot < 0, 0, KV_HEADS)
+        mask = is_stored & is_half[None, :]
+        at = head * SIZE + half[None, :]
         block = slot // BLOCK_TOKENS
         within = slot % BLOCK_TOKENS
-        k_to = keys + block * key_block_stride + within * key_token_stride
-        k_to += head * key_head_stride + half[None, :]
+        k_head = keys + block * key_block_stride + within * key_token_stride
+        k_head += head * key_head_stride
+        k_to = k_head + half[None, :]
         k_first, k_second = _turn(k + token * k_stride + at, cosine, sine, mask, HALF)
         tl.store(k_to, k_first.to(keys.dtype.element_ty), mask=mask)
         tl.store(k_to + HALF, k_second.to(keys.dtype.element_ty), mask=mask)
-        v_to = values + block * value_block_stride + within * value_token_stride
-        v_to += head * value_head_stride + half[None, :]
+        v_head = values + block * value_block_stride + within * value_token_stride
+        v_head += head * value_head_stride
+        v_to = v_head + half[None, :]
         v_from = v + token * v_stride + at
         v_first = tl.load(v_from, mask=mask, other=0.0)
         v_second = tl.load(v_from + HALF, mask=mask, other=0.0)
         tl.store(v_to, v_first.to(values.dtype.element_ty), mask=mask)
         tl.store(v_to + HALF, v_second.to(values.dtype.element_ty), mask=mask)
+        if SIZE > 2 * HALF:
+            rest = 2 * HALF + tl.arange(0, PADDED_REST)[None, :]
+            is_rest = is_stored & (rest < SIZE)
+            k_rest = tl.load(k + token * k_stride + head * SIZE + rest, mask=is_rest)
+            tl.store(k_head + rest, k_rest.to(keys.dtype.element_ty), mask=is_rest)
+            v_rest = tl.load(v + token * v_stride + head * SIZE + rest, mask=is_rest)
+            tl.store(v_head + rest, v_rest.to(values.dtype.element_ty), mask=is_rest)
 
 
 def rotate_and_store(
@@ -182,8 +202,8 @@ def rotate_and_store(
 ) -> Tensor:
     """Turn q [T, N, D] -> [T, N, D]; write k [T, K, D], turned, and v [T, K, D] to their slots.
 
-    Cosines and sines are float32 [T, D / 2], the cache is [blocks, block_tokens, K, D] with D
-    contiguous.
+    Cosines and sines are float32 [T, D / 2], or fewer: then what is behind them does not turn. The
+    cache is [blocks, block_tokens, K, D] with D contiguous.
     """
     q, k, v = _heads_together(q), _heads_together(k), _heads_together(v)
     tokens, heads, size = q.shape
@@ -191,10 +211,10 @@ def rotate_and_store(
     rotated = torch.empty((tokens, heads, size), dtype=q.dtype, device=q.device)
     if not tokens:
         return rotated
-    padded = triton.next_power_of_2(size // 2)
-    at_once = max(
-        1, min(HEAD_ELEMENTS // (2 * padded), triton.next_power_of_2(max(heads, kv_heads)))
-    )
+    half = cosines.size(1)
+    padded, padded_rest = (triton.next_power_of_2(max(1, n)) for n in (half, size - 2 * half))
+    elements = triton.next_power_of_2(size)
+    at_once = max(1, min(HEAD_ELEMENTS // elements, triton.next_power_of_2(max(heads, kv_heads))))
     programs = triton.cdiv(heads, at_once) + triton.cdiv(kv_heads, at_once)
     _rotate_and_store[(tokens, programs)](
         *(q, k, v, cosines, sines, slots, rotated, keys, values),
@@ -203,10 +223,12 @@ def rotate_and_store(
         Q_HEADS=heads,
         KV_HEADS=kv_heads,
         HEADS=at_once,
-        HALF=size // 2,
+        HALF=half,
         PADDED_HALF=padded,
+        SIZE=size,
+        PADDED_REST=padded_rest,
         BLOCK_TOKENS=keys.size(1),
-        num_warps=_warps(at_once * padded * 2),
+        num_warps=_warps(at_once * elements),
         enable_fp_fusion=True,
     )
     return rotated

@@ -18,6 +18,7 @@ from __future__ import annotations
 from array import array
 from collections.abc import Iterable, Sequence
 from hashlib import blake2b
+from itertools import takewhile
 
 _KEY_BYTES = 16
 
@@ -66,6 +67,10 @@ class BlockPool:
         for block in blocks:
             self._owners[block] = 1
         return blocks
+
+    def known(self, keys: Iterable[bytes]) -> int:
+        """Return of how many of the first *keys* the blocks are known."""
+        return sum(1 for _ in takewhile(self._block_of.__contains__, keys))
 
     def share(self, keys: Iterable[bytes]) -> list[int]:
         """Return the blocks of the first *keys* as far as they are known, now the caller's too."""

@@ -12,6 +12,9 @@ dropped.
 A frame that is not a command is answered with Failed(protocol_error). It may have been a request
 that somebody waits for, so the supervisor ends this life: everything that is open is answered then.
 
+Of a model that is spread over a group of devices, the first rank's is an engine like any other; on
+the other ranks the loop makes the steps that they are told (``groups.py``), one a turn, in between.
+
 Before each of these things the thread beats (``cortex.ipc.heartbeat``), so that one that hangs in
 any of them is noticed and killed.
 """
@@ -32,12 +35,15 @@ from cortex.ipc.messages import (
     Bye,
     CacheCleared,
     Cancel,
+    CheckCollective,
     ClearPrefixCache,
     Command,
     Embed,
     Event,
     Failed,
     Generate,
+    JoinGroup,
+    LeaveGroup,
     LoadModel,
     LoadProgress,
     MemoryReport,
@@ -48,13 +54,16 @@ from cortex.ipc.messages import (
     Shutdown,
     UnloadModel,
 )
+from cortex.ipc.post import Letters
 from cortex.ipc.ring import RingFull, TokenRecord
 from cortex.ipc.taps import Tap
 from cortex.runtime.device.cuda import open_device, reclaim, wait_for_stream
 from cortex.runtime.device.engine import Engine, StepReport
 from cortex.runtime.device.engine_reports import EngineReports
 from cortex.runtime.device.faults import is_device_fault
+from cortex.runtime.device.groups import Groups
 from cortex.runtime.device.loader import Loaded, Loader, LoadFailed
+from cortex.runtime.device.membership import Answered, FollowerLoaded, Joined
 from cortex.runtime.device.memory import DeviceMemory, refuse_bad_load
 from cortex.runtime.device.refusal import DeviceLost, Refused
 
@@ -100,6 +109,7 @@ class Device:
         loader: Loader,
         memory: DeviceMemory,
         tap: Tap,
+        letters: Letters | None = None,
         beat: Callable[[Activity], None] = lambda _: None,
         clock: Callable[[], float] = time.perf_counter,
     ) -> None:
@@ -112,6 +122,7 @@ class Device:
         self._beat = beat
         self._clock = clock
         self._reports = EngineReports(channel.send, clock)
+        self._groups = Groups(device, letters, loader, channel.send)
         self._engines: dict[str, Engine] = {}
         self._turns: deque[Engine] = deque()
         self._loading: set[str] = set()
@@ -142,20 +153,22 @@ class Device:
         for loaded in self._turns:
             loaded.take_compiled()
         self._publish()
+        followed = self._groups.follow(self._loading)
         engine = self._next_engine()
         if engine is not None:
             self._step(engine)
         for loaded in self._turns:
             self._reports.tell(loaded)
-        if engine is None and not (self._commands or self._is_stopping):
+        if engine is None and not (followed or self._commands or self._is_stopping):
             self._beat(Activity.IDLE)
             fds = [fd for loaded in self._turns for fd in loaded.fds]
-            self._channel.wait(None, self._loader.fd, *fds)
+            self._channel.wait(None, self._loader.fd, *fds, *self._groups.fds)
 
     def _give_up(self, error: Exception) -> int:
         """Say what was fatal, and return the exit code that says it too."""
         if isinstance(error, DeviceLost) or is_device_fault(error):
-            self._channel.send(Failed(code="device_lost", detail=str(error), fatal=True))
+            code = error.code if isinstance(error, DeviceLost) else DeviceLost.code
+            self._channel.send(Failed(code=code, detail=str(error), fatal=True))
             return EXIT_DEVICE_LOST
         detail = f"a bug in the device process: {type(error).__name__}"
         self._channel.send(Failed(code="internal_error", detail=detail, fatal=True))
@@ -188,43 +201,62 @@ class Device:
                 self._load(command)
             case UnloadModel():
                 self._unload(command)
-            case Generate():
-                self._start(command, command.sequence_id)
-            case Embed():
-                self._start(command, command.command_id)
+            case Generate() | Embed():
+                self._start(command)
             case Cancel():
                 self._cancel(command.sequence_id)
             case ClearPrefixCache():
                 blocks = self._engine(command.model).clear_prefix_cache()
                 self._channel.send(CacheCleared(command.command_id, command.model, blocks))
+            case JoinGroup() | CheckCollective() | LeaveGroup():
+                self._groups.obey(command)
             case Shutdown():
                 self._shut_down(command)
 
     def _load(self, command: LoadModel) -> None:
+        membership = self._groups.membership(command.group) if command.group else None
+        try:
+            self._refuse_bad_load(command)
+        except Refused as exc:
+            if membership is None:
+                raise
+            self._loader.refuse(command, membership, exc)
+        else:
+            self._loading.add(command.model)
+            self._loader.start(command, membership)
+
+    def _refuse_bad_load(self, command: LoadModel) -> None:
         refuse_bad_load(command)
-        if command.model in self._engines:
+        if command.model in self._engines or command.model in self._groups:
             raise Refused("already_loaded", f"{command.model} is loaded already")
         if command.model in self._loading:
             raise Refused("already_loading", f"{command.model} is being loaded already")
-        self._loading.add(command.model)
-        self._loader.start(command)
 
     def _unload(self, command: UnloadModel) -> None:
         if command.model in self._loading:
             raise Refused("model_loading", f"{command.model} is still being loaded")
-        engine = self._engine(command.model)
+        if self._groups.follows(command.model):
+            while not self._groups.drain(command.model, self._loading):
+                self._install_loaded()  # the other model steps elsewhere: it only has to come over
+            wait_for_stream(self._device)
+        else:
+            self._end_engine(self._engine(command.model))
+        reclaim(self._device)
+        self._groups.forget(command.model)
+        self._memory.release(command.model)
+        self._channel.send(ModelUnloaded(command.command_id, command.model))
+
+    def _end_engine(self, engine: Engine) -> None:
         self._say(engine.cancel_all())
         self._publish()
         wait_for_stream(self._device)
         engine.close()
         self._turns.remove(engine)
-        del self._engines[command.model], engine
-        reclaim(self._device)
-        self._memory.release(command.model)
-        self._reports.end(command.model)
-        self._channel.send(ModelUnloaded(command.command_id, command.model))
+        del self._engines[engine.model]
+        self._reports.end(engine.model)
 
-    def _start(self, command: Generate | Embed, sequence_id: int) -> None:
+    def _start(self, command: Generate | Embed) -> None:
+        sequence_id = command.sequence_id if isinstance(command, Generate) else command.command_id
         if any(sequence_id in engine for engine in self._turns):
             raise Refused("duplicate_sequence", f"sequence {sequence_id} is running")
         self._engine(command.model).start(command)
@@ -273,8 +305,16 @@ class Device:
                     raise outcome
                 case Loaded():
                     self._install(outcome)
+                case FollowerLoaded():
+                    self._loading.discard(outcome.event.model)
+                    self._groups.add(outcome.event.model, outcome.share, outcome.follower)
+                    self._channel.send(outcome.event)
                 case LoadFailed():
                     self._loading.discard(outcome.model)
+                    self._channel.send(outcome.event)
+                case Joined():
+                    self._groups.joined(outcome)
+                case Answered():
                     self._channel.send(outcome.event)
                 case LoadProgress():
                     self._channel.send(outcome)
@@ -284,6 +324,8 @@ class Device:
         self._loading.discard(engine.model)
         self._engines[engine.model] = engine
         self._turns.append(engine)
+        if loaded.share is not None:
+            self._groups.add(engine.model, loaded.share)
         self._reports.begin(engine)
         self._channel.send(loaded.event)
 

@@ -46,6 +46,8 @@ from cortex.runtime.device.row import Chosen
 from cortex.runtime.device.sampling_bounds import refuse_bad_sampling
 from cortex.runtime.device.scheduler import Scheduler
 from cortex.runtime.device.sequence import NO_ANSWER, Sequence
+from cortex.runtime.device.sequence_states import RecurrentStates
+from cortex.runtime.device.state_pool import StatePool
 from cortex.runtime.device.step_plan import PlannedSequence, StepPlan
 from cortex.runtime.device.step_rows import rows_of
 from cortex.runtime.device.vocabulary import without_vocabulary
@@ -96,8 +98,12 @@ class Engine:
         device_type: str = "cpu",
         options: EngineOptions = DEFAULT_OPTIONS,
         grammars: Grammars | None = None,
+        special_ids: frozenset[int] = frozenset(),
     ) -> None:
-        """Without *grammars* a sequence that has one fails."""
+        """Without *grammars* a sequence that has one fails.
+
+        *special_ids* are tokens that no merge crosses (``sequence_states.py``).
+        """
         self.model = model
         self.limits = limits
         self.pool = BlockPool(limits.blocks, BLOCK_TOKENS)
@@ -115,6 +121,7 @@ class Engine:
             token_budget=token_budget,
             keeps_prefixes=options.prefix_cache,
             draft_costs=COSTS[device_type] if options.speculation else None,
+            states=_states(limits, options, special_ids),
         )
 
     def __contains__(self, sequence_id: int) -> bool:
@@ -186,7 +193,7 @@ class Engine:
 
     def clear_prefix_cache(self) -> int:
         """Forget what could be used again, and return how many blocks of it there were."""
-        return self.pool.clear()
+        return self._scheduler.clear_prefixes()
 
     def standing(self) -> EngineReport:
         """Return how it stands now."""
@@ -226,6 +233,7 @@ class Engine:
             vectors = self._pool(embeddings)
         except Exception as exc:  # noqa: BLE001 - what it is decides who ends
             self._give_up(plan, exc, report)
+            self._scheduler.give_up()
             return None
         self._scheduler.advance(plan)
         for sequence_id, vector in vectors.items():
@@ -240,7 +248,7 @@ class Engine:
         try:
             chosen = flight.launched.result()
         except Exception as exc:  # noqa: BLE001 - what it is decides who ends
-            self.pool.clear()  # blocks of it may be known already, also of those that have ended
+            self._scheduler.clear_prefixes()  # what it computed is known already, also of the ended
             self._give_up(flight.plan, exc, report, was_launched=True)
             return
         at = 0
@@ -338,6 +346,8 @@ class Engine:
         Nothing of a *plan* that could not be launched counts as computed; of one that was launched
         everything does already, so nobody in it can go on.
         """
+        if isinstance(error, DeviceLost):
+            raise error
         if is_device_fault(error):
             raise DeviceLost(f"in a step of {self.model}: {error}") from error
         ended = [p.sequence_id for p in plan.sequences if p.sequence_id in self._scheduler]
@@ -383,6 +393,19 @@ class Engine:
                 f"the prompt {what}takes {tokens} tokens, "
                 f"the KV cache of {self.model} has room for {self.pool.tokens}",
             )
+
+
+def _states(
+    limits: Limits, options: EngineOptions, special_ids: frozenset[int]
+) -> RecurrentStates | None:
+    if not limits.state_slots:
+        return None
+    return RecurrentStates(
+        StatePool(limits.state_slots),
+        BLOCK_TOKENS,
+        special_ids=special_ids,
+        keeps_prefixes=options.prefix_cache,
+    )
 
 
 def _records(sequence_id: int, chosen: Chosen, flags: Flag) -> list[TokenRecord]:

@@ -104,6 +104,7 @@ class FaultyLoad:
         device: torch.device,
         dtype: str,
         on_progress: Callable[[int, int], None],
+        **rest: Any,
     ) -> ServableModel:
         """Read the weights at *path*."""
         due = self._loading.strikes()
@@ -115,7 +116,7 @@ class FaultyLoad:
                 kind, due = due, None
                 strike(kind)
 
-        model = self._load_model(path, device=device, dtype=dtype, on_progress=half_way)
+        model = self._load_model(path, device=device, dtype=dtype, on_progress=half_way, **rest)
         return _FaultyModel(model, self._stepping) if self._stepping else model
 
 

@@ -2,7 +2,8 @@
 
     0    Shutdown was answered with Bye
     70   a bug in the loop; Failed(internal_error, fatal) was sent
-    71   the device's context is broken or could not be made; Failed(device_lost, fatal) was sent
+    71   the device's context is broken or could not be made, or a rank of its group is gone;
+         Failed(device_lost, peer_lost or ranks_diverged, fatal) was sent
 
 The process has been forked from a fork server that has imported this module: importing it must not
 run any torch operation. Its ties to its parents, signals and title are ``cortex.runtime``'s.
@@ -19,10 +20,12 @@ from pathlib import Path
 import torch
 
 from cortex.ipc.channel import DeviceEnd
+from cortex.ipc.descriptors import Descriptor
 from cortex.ipc.engine_options import EngineOptions
 from cortex.ipc.heartbeat import HeartbeatPage, HeartbeatWriter
 from cortex.ipc.log import configure_logging
 from cortex.ipc.messages import PROTOCOL_VERSION, Hello
+from cortex.ipc.post import Letters
 from cortex.ipc.ring import TokenProducer, TokenRing
 from cortex.ipc.taps import Tap
 from cortex.models.execution import Execution
@@ -48,12 +51,14 @@ def main(  # noqa: PLR0917 - the fork passes them by position
     log_level: str = "info",
     test_faults: str = "",
     options: EngineOptions = EngineOptions(),  # noqa: B008 - frozen
+    post: Descriptor | None = None,
 ) -> None:
     """Be the process of *device_name*; returns after a Shutdown, else exits with 70 or 71.
 
     *memory_bytes* is the device's budget for weights, caches and workspaces, *address* where the
     supervisor's end of the channel is bound. ``threads=None`` leaves torch's own choice.
-    *test_faults* are what ``injection.py`` lets go wrong, *options* how engines compute.
+    *test_faults* are what ``injection.py`` lets go wrong, *options* how engines compute. By *post*
+    (``cortex.ipc.post``) come the plan rings of groups; without one none can be joined.
     """
     share_one_heap()
     gc.freeze()  # what the imports made stays: no collection, here or in an unload, need look at it
@@ -75,6 +80,7 @@ def main(  # noqa: PLR0917 - the fork passes them by position
             heartbeat=HeartbeatWriter(heartbeat),
             load_model=load,
             options=options,
+            letters=Letters(post) if post else None,
         )
     if code:
         sys.exit(code)
@@ -90,6 +96,7 @@ def serve(
     heartbeat: HeartbeatWriter,
     load_model: LoadFunction,
     options: EngineOptions,
+    letters: Letters | None = None,
 ) -> int:
     """Put the parts together, run the loop, and return the exit code."""
     device = torch_device(device_name)
@@ -111,6 +118,7 @@ def serve(
             loader=loader,
             memory=memory,
             tap=tap,
+            letters=letters,
             beat=heartbeat.main,
         ).serve()
     finally:

@@ -9,6 +9,10 @@ The KV cache of a model gets, in this order:
 
 The second and third are capped by what is free. A context that nobody asked for is shortened to
 what fits, down to 256 tokens; one that was asked for fits or the load is refused, with the numbers.
+
+A model with recurrent states has a slot of them for each seat and for 2 to 16 snapshots. They are
+part of the cache, also of one of exactly so many bytes. Where nobody asked for seats there are as
+many, up to 32, as a quarter of the memory has slots for.
 """
 
 from __future__ import annotations
@@ -18,7 +22,12 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
 
-from cortex.ipc.engine_options import DEFAULT_SEQUENCES, cache_tokens
+from cortex.ipc.engine_options import (
+    DEFAULT_SEQUENCES,
+    STATES_SHARE,
+    cache_tokens,
+    state_slots,
+)
 from cortex.ipc.messages import Footprint, LoadModel
 from cortex.runtime.device.refusal import Refused
 
@@ -48,6 +57,8 @@ class Needs:
     block_tokens: int
     workspace: StepMemory
     weights_bytes: int = 0
+    state_bytes: int = 0
+    """Of the recurrent states of one sequence, in a model that has them."""
 
     @property
     def block_bytes(self) -> int:
@@ -69,6 +80,8 @@ class Limits:
     max_sequences: int
     blocks: int
     workspace_bytes: int
+    state_slots: int = 0
+    """Of recurrent states: more than sequences, or none."""
 
 
 class DeviceMemory:
@@ -133,53 +146,83 @@ def settle(command: LoadModel, needs: Needs, free_bytes: int) -> Limits:
     return _fairly(command, needs, free_bytes)
 
 
+@dataclass(frozen=True, slots=True)
+class _Seats:
+    """How many sequences there are, and what their states and some snapshots take."""
+
+    sequences: int
+    slots: int
+    bytes: int
+
+    @property
+    def words(self) -> str:
+        """What a refusal says of the states, if there are any."""
+        if not self.slots:
+            return ""
+        return (
+            f", recurrent states of {mebibytes(self.bytes)} "
+            f"(sequences: {self.sequences}, snapshots: {self.slots - self.sequences})"
+        )
+
+
+def _seats(command: LoadModel, needs: Needs, cache_bytes: int, context_bytes: int) -> _Seats:
+    """Decide the seats of a cache of *cache_bytes*, of which a context takes *context_bytes*."""
+    if not needs.state_bytes:
+        return _Seats(command.max_sequences or DEFAULT_SEQUENCES, 0, 0)
+    affordable = min(cache_bytes // STATES_SHARE, cache_bytes - context_bytes) // needs.state_bytes
+    sequences, slots = state_slots(affordable, command.max_sequences)
+    return _Seats(sequences, slots, slots * needs.state_bytes)
+
+
 def _exactly(command: LoadModel, kv_cache_bytes: int, needs: Needs, free_bytes: int) -> Limits:
-    blocks = kv_cache_bytes // needs.block_bytes
+    least = min(MINIMUM_CONTEXT_TOKENS, command.max_context_tokens or needs.max_position_embeddings)
+    least_bytes = _blocks_bytes(needs, least)
+    seats = _seats(command, needs, kv_cache_bytes, least_bytes)
+    blocks = max(0, kv_cache_bytes - seats.bytes) // needs.block_bytes
     held_tokens = blocks * needs.block_tokens
     context = command.max_context_tokens or min(needs.max_position_embeddings, held_tokens)
-    least = min(MINIMUM_CONTEXT_TOKENS, command.max_context_tokens or needs.max_position_embeddings)
     if held_tokens < least:
-        least_bytes = _blocks_bytes(needs, least)
         raise Refused(
             "insufficient_memory",
             f"kv_cache_bytes {kv_cache_bytes} holds {held_tokens} tokens; "
-            f"{least} are the least that is useful, and take {least_bytes}",
-            **_numbers(needs, least_bytes, needs.workspace_bytes(least), free_bytes),
+            f"{least} are the least that is useful, and take {least_bytes}{seats.words}",
+            **_numbers(needs, least_bytes + seats.bytes, needs.workspace_bytes(least), free_bytes),
         )
     workspace = needs.workspace_bytes(min(context, held_tokens))
-    if blocks * needs.block_bytes + workspace > free_bytes:
+    cache_bytes = blocks * needs.block_bytes + seats.bytes
+    if cache_bytes + workspace > free_bytes:
         raise Refused(
             "insufficient_memory",
             f"a KV cache of {mebibytes(kv_cache_bytes)} and a workspace of {mebibytes(workspace)} "
             f"do not fit: {mebibytes(free_bytes)} are free beside the weights",
-            **_numbers(needs, blocks * needs.block_bytes, workspace, free_bytes),
+            **_numbers(needs, cache_bytes, workspace, free_bytes),
         )
-    return Limits(context, command.max_sequences or DEFAULT_SEQUENCES, blocks, workspace)
+    return Limits(context, seats.sequences, blocks, workspace, seats.slots)
 
 
 def _fairly(command: LoadModel, needs: Needs, free_bytes: int) -> Limits:
     wanted = command.max_context_tokens or needs.max_position_embeddings
     least = command.max_context_tokens or min(MINIMUM_CONTEXT_TOKENS, wanted)
-    context = min(wanted, _affordable_context(needs, free_bytes))
+    least_bytes, least_workspace = _blocks_bytes(needs, least), needs.workspace_bytes(least)
+    seats = _seats(command, needs, free_bytes, least_bytes + least_workspace)
+    kv_free_bytes = free_bytes - seats.bytes
+    context = min(wanted, _affordable_context(needs, kv_free_bytes))
     if context < least:
-        least_bytes, workspace = _blocks_bytes(needs, least), needs.workspace_bytes(least)
         raise Refused(
             "insufficient_memory",
-            f"one context of {least} tokens takes a KV cache of {mebibytes(least_bytes)} and a "
-            f"workspace of {mebibytes(workspace)}: "
+            f"one context of {least} tokens takes a KV cache of {mebibytes(least_bytes)}"
+            f"{seats.words} and a workspace of {mebibytes(least_workspace)}: "
             f"{mebibytes(free_bytes)} are free beside the weights",
-            **_numbers(needs, least_bytes, workspace, free_bytes),
+            **_numbers(needs, least_bytes + seats.bytes, least_workspace, free_bytes),
         )
     tokens = cache_tokens(context, command.max_context_tokens, command.max_sequences)
     workspace = needs.workspace_bytes(context)
     return Limits(
         max_context_tokens=context,
-        max_sequences=command.max_sequences or DEFAULT_SEQUENCES,
-        blocks=min(
-            _blocks(needs, tokens),
-            (free_bytes - workspace) // needs.block_bytes,
-        ),
+        max_sequences=seats.sequences,
+        blocks=min(_blocks(needs, tokens), (kv_free_bytes - workspace) // needs.block_bytes),
         workspace_bytes=workspace,
+        state_slots=seats.slots,
     )
 
 

@@ -12,13 +12,15 @@ import torch
 from torch import Tensor
 
 from cortex.ipc.engine_options import DEFAULT_SEQUENCES
-from cortex.models.batch import Batch, KVCache
+from cortex.models.batch import Batch, CacheShape, KVCache
 from cortex.runtime.device.cuda import upload
 from cortex.runtime.device.row import Chosen, Row
 from cortex.runtime.device.sampler import sample
 from cortex.runtime.device.step_plan import StepPlan
 
 BLOCK_TOKENS = 16
+STATES_AT_ONCE = 8
+"""So many states are copied by one operation, which holds them for that long."""
 
 
 class Module(Protocol):
@@ -39,16 +41,8 @@ class ServableModel(Protocol):
         """The architecture with its weights."""
 
     @property
-    def num_layers(self) -> int:
-        """Layers that have a KV cache."""
-
-    @property
-    def num_kv_heads(self) -> int:
-        """Key-value heads per layer."""
-
-    @property
-    def head_dim(self) -> int:
-        """Elements of one key or value."""
+    def caches(self) -> CacheShape:
+        """What this rank keeps of a sequence between steps."""
 
     @property
     def kv_dtype(self) -> torch.dtype:
@@ -66,8 +60,8 @@ class ServableModel(Protocol):
     def weights_bytes(self) -> int:
         """Memory of the weights on the device."""
 
-    def new_cache(self, blocks: int, block_tokens: int) -> KVCache:
-        """Allocate a paged cache on the model's device."""
+    def new_cache(self, blocks: int, block_tokens: int, state_slots: int = 0, /) -> KVCache:
+        """Allocate a paged cache on the model's device, and slots for recurrent states."""
 
     def recorded(self, cache: KVCache, max_sequences: int, /) -> Callable[[Batch], Tensor]:
         """Return what computes as ``module`` does, only faster, and the logits' life is a step.
@@ -78,8 +72,20 @@ class ServableModel(Protocol):
 
 def kv_bytes_per_token(model: ServableModel) -> int:
     """Return the memory of one position's keys and values in all layers."""
-    elements = 2 * model.num_layers * model.num_kv_heads * model.head_dim
+    shape = model.caches
+    elements = 2 * shape.layers * shape.kv_heads * shape.head_dim
     return elements * model.kv_dtype.itemsize
+
+
+def state_copy_bytes(model: ServableModel) -> int:
+    """Return the memory that copying states takes: of one layer, so many at once."""
+    shape = model.caches.state
+    return STATES_AT_ONCE * shape.bytes // shape.layers if shape else 0
+
+
+def state_bytes(model: ServableModel) -> int:
+    """Return the memory of one sequence's recurrent states; 0 for a model without them."""
+    return model.caches.state.bytes if model.caches.state else 0
 
 
 class Launched(Protocol):
@@ -161,9 +167,11 @@ class ModelRunner:
         return Finished(sample(self.forward(plan), rows))
 
     def forward(self, plan: StepPlan) -> Tensor:
-        """Compute *plan* -> [R, V] float32, in the order of its rows."""
+        """Compute *plan* -> [R, V] float32, in the order of its rows, and copy states around it."""
         with torch.inference_mode():
+            self._copy_states(plan.restores)
             logits = self._module(self._batch(plan))
+            self._copy_states(plan.snapshots)
             return logits[: plan.rows]
 
     def hidden(self, plan: StepPlan) -> Tensor:
@@ -173,6 +181,15 @@ class ModelRunner:
 
     def _batch(self, plan: StepPlan) -> Batch:
         return make_batch(plan, self._cache, self._device)
+
+    def _copy_states(self, pairs: Sequence[tuple[int, int]]) -> None:
+        for begin in range(0, len(pairs), STATES_AT_ONCE):
+            sources, targets = _uploaded(
+                *map(list, zip(*pairs[begin : begin + STATES_AT_ONCE], strict=True)),
+                dtype=torch.int64,
+                device=self._device,
+            )
+            self._cache.copy_states(sources, targets)
 
 
 def make_batch(plan: StepPlan, cache: KVCache, device: torch.device) -> Batch:
@@ -187,10 +204,11 @@ def make_batch(plan: StepPlan, cache: KVCache, device: torch.device) -> Batch:
     sequences = plan.sequences
     ends = list(accumulate(len(s.token_ids) for s in sequences))
     longest = max(len(s.block_table) for s in sequences)
-    token_ids, positions, slots, sampled = _uploaded(
+    token_ids, positions, slots, state_slots, sampled = _uploaded(
         [t for s in sequences for t in s.token_ids],
         [p for s in sequences for p in range(s.first_position, s.end_position)],
         _slots(plan, cache.block_tokens),
+        [s.state_slot for s in sequences] if cache.states else [],
         [i for s, end in zip(sequences, ends, strict=True) for i in range(end - s.rows, end)]
         or [ends[-1] - 1],
         dtype=torch.int64,
@@ -212,6 +230,7 @@ def make_batch(plan: StepPlan, cache: KVCache, device: torch.device) -> Batch:
         block_tables=blocks.view(-1, longest),
         sampled=sampled,
         cache=cache,
+        state_slots=state_slots if cache.states else None,
     )
 
 

@@ -23,13 +23,18 @@ grammar_failed                a sequence   its grammar is none, or no token can 
 out_of_memory                 a sequence   the youngest of a step that ran out of memory
 step_failed                   a sequence   was in a step that failed otherwise
 protocol_error                a frame      is not a command; nothing else is touched
+group_failed                  a group      it could not be joined, or is not one that was joined
+peer_lost                     a group      a rank did not come to meet the others in time
 device_lost                   everything   fatal: the device's context cannot be used any more
+peer_lost                     everything   fatal: a rank of the group is gone, or does not answer
+ranks_diverged                everything   fatal: the ranks of a group chose different tokens
 internal_error                everything   fatal: a bug in the device process's own loop
 """
 
 from __future__ import annotations
 
 from cortex.ipc.errors import CortexError
+from cortex.ipc.messages import PEER_LOST
 
 
 class Refused(CortexError):
@@ -43,3 +48,17 @@ class Refused(CortexError):
 
 class DeviceLost(CortexError):
     """The device's context is broken: only a new process can use the device again."""
+
+    code = "device_lost"
+
+
+class PeerLost(DeviceLost):
+    """What the ranks of a group do together cannot go on; another rank may be at fault."""
+
+    code = PEER_LOST
+
+
+class RanksDiverged(DeviceLost):
+    """The tokens chosen here are not those of the first rank."""
+
+    code = "ranks_diverged"

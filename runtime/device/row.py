@@ -66,6 +66,11 @@ class Chosen(NamedTuple):
     is_stuck: bool = False
 
 
+def tokens_of(chosen: Sequence[Chosen]) -> list[int]:
+    """Return the token of each, below 0 where there is none: what all ranks must agree on."""
+    return [-1 - one.is_stuck if one.token_id is None else one.token_id for one in chosen]
+
+
 def is_penalised(sampling: SamplingParams) -> bool:
     """Whether what was said before changes what is likely now."""
     return (

@@ -23,6 +23,9 @@ An embedding is a sequence that is given no token: it ends when all of its token
 
 A prompt whose log probabilities are asked for finds no blocks of others, and its chunks are short:
 each of its tokens wants a row of logits, and memory for those is bounded (``SCORED_ROWS``).
+
+Of a model with recurrent states a head can be continued only where a snapshot was taken, so chunks
+end there and blocks beyond are not shared (``sequence_states.py``).
 """
 
 from __future__ import annotations
@@ -35,6 +38,7 @@ from cortex.ipc.ring import Flag
 from cortex.runtime.device.block_pool import BlockPool
 from cortex.runtime.device.drafts import Costs, Drafter
 from cortex.runtime.device.sequence import Sequence
+from cortex.runtime.device.sequence_states import SequenceStates
 from cortex.runtime.device.step_plan import PlannedSequence, StepPlan
 
 if TYPE_CHECKING:  # this file needs no torch
@@ -61,8 +65,12 @@ class Scheduler:
         token_budget: int,
         keeps_prefixes: bool = True,
         draft_costs: Costs | None = None,
+        states: SequenceStates | None = None,
     ) -> None:
-        """Draft where *draft_costs* are given, one of ``drafts.COSTS``."""
+        """Draft where *draft_costs* are given, one of ``drafts.COSTS``.
+
+        Not with recurrent *states*, though: of a draft that was wrong they cannot be rid.
+        """
         self.pool = pool
         self.max_sequences = max_sequences
         self.limit_tokens = min(max_context_tokens, pool.tokens)
@@ -72,7 +80,8 @@ class Scheduler:
         self.preemptions = 0
         self._keeps_prefixes = keeps_prefixes
         self._draft_costs = draft_costs or Costs(0.0, 0.0)
-        self._drafts = draft_costs is not None
+        self._drafts = draft_costs is not None and states is None
+        self._states = states or SequenceStates()
         self._arrivals = numbers()
         self._by_id: dict[int, Sequence] = {}
 
@@ -93,9 +102,10 @@ class Scheduler:
         price = self._draft_costs.price(len(self.running))
         return any(
             sequence.is_due
-            and not (
-                sequence.is_free_of_history
-                and (sequence.drafter is None or not sequence.drafter.is_hopeful(price))
+            and (
+                self._states.has_to_know(sequence)
+                or not sequence.is_free_of_history
+                or (sequence.drafter is not None and sequence.drafter.is_hopeful(price))
             )
             for sequence in self.running
         )
@@ -108,6 +118,7 @@ class Scheduler:
         sequence.arrival = next(self._arrivals)
         if self._drafts and sequence.pooling is None and sequence.sampling.max_tokens:
             sequence.drafter = Drafter()
+        self._states.add(sequence)
         self._by_id[sequence.id] = sequence
         insort(self.waiting, sequence, key=_rank)
 
@@ -126,6 +137,7 @@ class Scheduler:
             self.waiting.remove(sequence)
         if not is_healthy:
             self.pool.forget(sequence.known_keys)
+            self._states.forget(sequence.known_keys)
         self._release(sequence)
         return sequence
 
@@ -143,7 +155,8 @@ class Scheduler:
 
         def give(sequence: Sequence) -> None:
             nonlocal budget, rows
-            counts[sequence.id] = count = min(sequence.within(rows), budget)
+            count = self._states.chunk(sequence, min(sequence.within(rows), budget))
+            counts[sequence.id] = count
             budget -= count
             rows -= len(sequence.scored_by(count))
 
@@ -153,9 +166,14 @@ class Scheduler:
         while budget and not has_preempted and (joined := self._admit()):
             give(joined)
         planned = [sequence for sequence in self.running if counts.get(sequence.id)]
+        if not planned:
+            return StepPlan([])
+        copies = self._states.copies([(sequence, counts[sequence.id]) for sequence in planned])
         if any(counts[sequence.id] > 1 for sequence in planned):
-            return StepPlan([_plan(sequence, counts[sequence.id], []) for sequence in planned])
-        return StepPlan([_plan(s, 1, drafts) for s, drafts in self._with_drafts(planned, budget)])
+            plans = [_plan(sequence, counts[sequence.id], []) for sequence in planned]
+        else:
+            plans = [_plan(s, 1, drafts) for s, drafts in self._with_drafts(planned, budget)]
+        return StepPlan(plans, *copies)
 
     def advance(self, plan: StepPlan) -> None:
         """Note that *plan* was launched: what comes after it finds its tokens computed."""
@@ -165,6 +183,22 @@ class Scheduler:
             sequence.computed = planned.known_position
             sequence.due += planned.samples
             self._remember(sequence)
+            self._states.advance(sequence)
+
+    def give_up(self) -> None:
+        """Note that the step just planned was not launched, whatever it has done.
+
+        What it wrote into blocks is written again. Not so what it did to states: those who run
+        begin again.
+        """
+        self._states.give_up()
+        while self.running and not self._states.can_step_again:
+            self._preempt_last()
+
+    def clear_prefixes(self) -> int:
+        """Forget what could be used again, and return how many blocks of it there were."""
+        self._states.clear()
+        return self.pool.clear()
 
     def append(self, sequence_id: int, token_id: int, *, is_computed: bool = False) -> Flag:
         """Give a sequence its next token; one that is finished by it is forgotten here.
@@ -239,7 +273,8 @@ class Scheduler:
         """Give *sequence* the blocks that joining takes, where there are seat and blocks."""
         if len(self.running) >= self.max_sequences:
             return False
-        shared = self.pool.share(self._head_keys(sequence))
+        head = self._states.head(self._head_keys(sequence), self.pool)
+        shared = self.pool.share(head)
         others = self.pool.take(self._price(sequence) - len(shared))
         if others is None:
             self.pool.give_back(shared)
@@ -247,6 +282,7 @@ class Scheduler:
         sequence.blocks = shared + others
         sequence.known_blocks = len(shared)
         sequence.computed = len(shared) * self.pool.block_tokens
+        self._states.join(sequence, head)
         if not sequence.has_joined:
             sequence.has_joined = True
             sequence.cached_tokens = sequence.computed
@@ -318,6 +354,7 @@ class Scheduler:
 
     def _release(self, sequence: Sequence) -> None:
         self.pool.give_back(sequence.blocks)
+        self._states.release(sequence)
         sequence.blocks = []
         sequence.computed = sequence.known_blocks = 0
 
@@ -339,5 +376,6 @@ def _plan(sequence: Sequence, count: int, drafts: list[int]) -> PlannedSequence:
         counts=sequence.counts,
         forced=sequence.forced,
         drafts=len(drafts),
+        state_slot=sequence.state_slot or 0,
         scored=sequence.scored_by(count),
     )

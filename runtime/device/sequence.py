@@ -51,6 +51,10 @@ class Sequence:
     log probabilities of the prompt are asked for."""
     known_blocks: int = 0
     """Of how many of the first blocks the pool knows what they hold."""
+    state_slot: int | None = None  # of one that runs, where the model has recurrent states
+    has_snapshots: bool = False
+    snapshot_ends: list[int] = field(default_factory=list)
+    """After how many tokens of the prompt its state is kept (``sequence_states.py``)."""
     has_joined: bool = False
     cached_tokens: int | None = None
     """How many tokens of the prompt were found computed when it joined first; None once told."""

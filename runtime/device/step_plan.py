@@ -29,6 +29,8 @@ class PlannedSequence(msgspec.Struct, frozen=True):
     forced: int | None = None
     """The token that comes next whatever the logits say."""
     drafts: int = 0
+    state_slot: int = 0
+    """Where the recurrent state lies, of a model that has one."""
     scored: list[int] = []
     """Tokens of the prompt whose log probabilities are asked for: those after the tokens whose rows
     of logits are the first ones."""
@@ -68,6 +70,10 @@ class StepPlan(msgspec.Struct, frozen=True):
     """One forward pass, and whose next tokens are sampled from it."""
 
     sequences: list[PlannedSequence]
+    restores: list[tuple[int, int]] = []
+    """Recurrent states to copy from the first slot to the second before the step."""
+    snapshots: list[tuple[int, int]] = []
+    """The same after it."""
 
     @property
     def tokens(self) -> int:
@@ -76,8 +82,9 @@ class StepPlan(msgspec.Struct, frozen=True):
 
     @property
     def generations(self) -> StepPlan:
-        """The part of it that may be given tokens."""
-        return StepPlan([planned for planned in self.sequences if planned.pooling is None])
+        """The part of it that may be given tokens; only of these are states copied."""
+        generations = [planned for planned in self.sequences if planned.pooling is None]
+        return StepPlan(generations, self.restores, self.snapshots)
 
     @property
     def embeddings(self) -> StepPlan:

@@ -31,7 +31,7 @@ def rows_of(
     ]
     asked = [(state, planned.drafted) for planned, state in sampled if state]
     if not asked:
-        return [row for planned, _ in sampled for row in _rows(planned, [None] * planned.choices)]
+        return rows_without_masks(plan)
     masks = grammars.masks(asked)
 
     def make() -> list[Row]:
@@ -42,7 +42,12 @@ def rows_of(
             for row in _rows(planned, next(found) if state else [None] * planned.choices)
         ]
 
-    return _LateRows(make)
+    return LateRows(make)
+
+
+def rows_without_masks(plan: StepPlan) -> list[Row]:
+    """Return the rows of *plan* as if no sequence had a grammar."""
+    return [row for planned in plan.sampled for row in _rows(planned, [None] * planned.choices)]
 
 
 def _rows(planned: PlannedSequence, allowed: Sequence[Tensor | None]) -> list[Row]:
@@ -64,13 +69,19 @@ def _scored(planned: PlannedSequence) -> list[Row]:
     return [Row(asked, position=0, forced=token_id) for token_id in planned.scored]
 
 
-class _LateRows(Sequence[Row]):
+class LateRows(Sequence[Row]):
+    """Rows with masks, which *make* makes, or waits for, once somebody looks."""
+
     def __init__(self, make: Callable[[], list[Row]]) -> None:
         self._make = make
 
     @cached_property
     def _made(self) -> list[Row]:
         return self._make()
+
+    def make_now(self) -> None:
+        """Make them, unless somebody has looked already."""
+        self.__len__()
 
     def __len__(self) -> int:
         return len(self._made)

@@ -19,6 +19,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,6 +32,7 @@ from cortex.runtime.device.model_runner import BLOCK_TOKENS, ModelRunner, Servab
 from cortex.runtime.device.step_plan import PlannedSequence, StepPlan
 
 _PROBE_TOKENS = 4, 8
+_CHUNK_PROBE_TOKENS = 64, 128  # recurrent layers compute by chunks: of whole ones memory is a line
 _PROBE_CONTEXT_TOKENS = 4096  # a straight line from here on
 _LOGIT_BYTES = 4
 _POOL_SLACK = 1.25  # torch's allocator rounds up, and splits what it has
@@ -115,18 +117,20 @@ def measure_workspace(
     *graph_rows* are the numbers of rows that decode steps will be captured of.
     """
     far = min(_PROBE_CONTEXT_TOKENS, model.max_position_embeddings)
-    near = min(_PROBE_TOKENS[-1], far)
-    cache = model.new_cache(1, BLOCK_TOKENS)
+    probes = _CHUNK_PROBE_TOKENS if model.caches.state else _PROBE_TOKENS
+    near = min(probes[-1], far)
+    cache = model.new_cache(1, BLOCK_TOKENS, 1)
     if device.type == "cpu" and (kept := _foretell_buffers(model, cache, near, token_budget)):
         return Workspace(kept + beside_bytes, bytes_per_context_token=0)
     runner = ModelRunner(model, cache, device, is_recorded=False)
     _run(runner, near, near)  # uncounted: the first step of a shape may try out and compile kernels
-    at_near, at_far = (_foretell(runner, token_budget, context) for context in (near, far))
+    foretell = partial(_foretell, runner, probes=probes)
+    at_near, at_far = (foretell(token_budget, context) for context in (near, far))
     growth = max(0, at_far - at_near) // max(1, far - near)
     graph_bytes = 0
     if graph_rows:
         logits_bytes = sum(graph_rows) * model.vocab_size * _LOGIT_BYTES
-        graph_bytes = logits_bytes + int(_POOL_SLACK * _foretell(runner, max(graph_rows), far))
+        graph_bytes = logits_bytes + int(_POOL_SLACK * foretell(max(graph_rows), far))
     return Workspace(
         fixed_bytes=max(0, at_near - growth * near) + beside_bytes + graph_bytes,
         bytes_per_context_token=growth,
@@ -146,9 +150,9 @@ def _foretell_buffers(model: ServableModel, cache: KVCache, context: int, tokens
     return kept[0] + (kept[1] - kept[0]) * (room - few) // max(1, more - few)
 
 
-def _foretell(runner: ModelRunner, tokens: int, context: int) -> int:
+def _foretell(runner: ModelRunner, tokens: int, context: int, probes: tuple[int, int]) -> int:
     """Return the peak of a step of *tokens*, as if they fitted into *context*."""
-    few, more = (min(count, context) for count in _PROBE_TOKENS)
+    few, more = (min(count, context) for count in probes)
     at_few, at_more = _history(runner, few, context), _history(runner, more, context)
     if few == more or len(at_few) != len(at_more):  # other tokens, other operations: a bound
         return max(at_more) * -(-tokens // more)

@@ -34,7 +34,9 @@ def with_devices(node: Node, *names: str) -> Node:
 async def test_a_loaded_model_is_measured_on_all_its_devices(footprints: Footprints) -> None:
     footprints.saw(a_node("a", [1000, 1000], {"m": [30, 40]}), profile_of)
 
-    assert footprints.of(a_node("b"), "m", M) == 70
+    shared = Profile("m", quant="Q4_1", tensor_parallel=2)
+    assert footprints.of(a_node("b"), "m", shared) == 70
+    assert footprints.of(a_node("b"), "m", M) is None
 
 
 async def test_the_last_measurement_counts(footprints: Footprints) -> None:

@@ -52,6 +52,12 @@ def test_a_refusal_for_want_of_memory_teaches_the_least() -> None:
     assert learnt(Need(90, "estimate", 20), too_large(30, 5)) == Need(90, "estimate", 35)
 
 
+def test_a_refusal_of_one_of_several_devices_is_multiplied_by_them() -> None:
+    error = Unloadable("no", kind="insufficient_memory", weights_bytes=30 * MIB, ranks=4)
+
+    assert learnt(Need(), error) == Need(120, "estimate", 120)
+
+
 def test_what_was_known_is_not_learnt_again() -> None:
     assert learnt(Need(90, "estimate", 35), too_large(30, 5)) is None
 

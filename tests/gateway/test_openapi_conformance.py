@@ -38,7 +38,7 @@ class LoadsAtOnce(FakeNode):
         """Load it."""
         text = dataclasses.replace(tiny_text(), pooling="mean")
         return self.models.setdefault(
-            request.model_id, FakeModel(request, self.devices[0], text=text)
+            request.model_id, FakeModel(request, self.devices[:1], text=text)
         )
 
 

@@ -71,6 +71,50 @@ def test_a_group_is_made_of_the_devices_with_most_room() -> None:
     assert best(snapshot, incoming(mb=80, min_devices=2)).devices == (1, 2)
 
 
+def test_devices_that_others_share_otherwise_are_left_alone_where_there_are_more() -> None:
+    snapshot = a_fleet(a_node("a", [100, 60, 100, 60], {"x": [10, 10, 0, 0]}))
+
+    found = best(snapshot, incoming(mb=80, tensor_parallel=2))
+
+    assert (found.fits, found.devices) == ("now", (2, 3))
+
+
+def test_a_model_that_shares_some_of_a_groups_devices_has_to_go_however_much_is_free() -> None:
+    snapshot = a_fleet(a_node("a", [100, 100, 100], {"x": [10, 10, 0]}))
+
+    found = best(snapshot, incoming(mb=30, tensor_parallel=3))
+
+    assert (found.fits, gone(found)) == ("after_evicting", ["x"])
+
+
+def test_a_model_that_shares_some_of_a_groups_devices_and_is_busy_is_waited_for() -> None:
+    snapshot = a_fleet(a_node("a", [100, 100, 100], {"x": [10, 10, 0]}, busy=["x"]))
+
+    found = best(snapshot, incoming(mb=30, tensor_parallel=3))
+
+    assert (found.fits, gone(found)) == ("after_waiting", ["x"])
+
+
+def test_a_group_that_is_crossed_for_good_is_no_place() -> None:
+    snapshot = a_fleet(a_node("a", [100, 100, 100], {"x": [10, 10, 0]}), pinned=[("a", "x")])
+
+    assert best(snapshot, incoming(mb=30, tensor_parallel=3)).fits == "no"
+
+
+def test_what_leaves_a_crossed_group_counts_as_free() -> None:
+    snapshot = a_fleet(a_node("a", [100, 100, 100], {"x": [60, 60, 0], "y": [0, 0, 90]}))
+
+    found = best(snapshot, incoming(mb=150, tensor_parallel=3))
+
+    assert gone(found) == ["x", "y"]
+
+
+def test_a_model_of_one_device_may_stay_where_a_group_comes() -> None:
+    snapshot = a_fleet(a_node("a", [100, 100], {"x": [10, 0]}))
+
+    assert best(snapshot, incoming(mb=80, tensor_parallel=2)).fits == "now"
+
+
 def test_nothing_is_evicted_where_there_is_room_anywhere() -> None:
     crowded = a_node("a", [1000], {"old": [900]})
     small = a_node("b", [200])

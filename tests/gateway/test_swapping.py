@@ -17,7 +17,7 @@ from cortex.gateway.catalogue import Catalogue, Profile
 from cortex.gateway.config import Eviction
 from cortex.gateway.demands import Demand
 from cortex.ipc.errors import Conflict, LoadedDifferently, ModelNotFound, Recovering, Unloadable
-from cortex.ipc.node_api import LoadEstimate
+from cortex.ipc.node_api import LoadEstimate, Refusal
 from fakes import QUICK, FakeModel, Received, gateway_config, until
 from memory_neuron import MemoryNeuron
 
@@ -142,6 +142,36 @@ async def test_a_group_of_devices_is_loaded_without_evicting(
 
     assert (status, control(a)) == (200, [("load", "wide")])
     assert a.requests(LOAD)[0].body["devices"] == [1, 2]
+
+
+async def test_a_load_that_fails_for_want_of_memory_later_goes_to_another_node(
+    session: aiohttp.ClientSession,
+) -> None:
+    async with (
+        MemoryNeuron("a", [2000], takes_mb=SIZES) as a,
+        MemoryNeuron("b", [700], takes_mb=SIZES) as b,
+        a_gateway(a, b) as gateway,
+    ):
+        a.fails_load = "there is no room"
+        a.fails_load_with = Refusal("insufficient_memory", {"weights_bytes": 300 << 20})
+        status, _ = await ask(session, gateway, "m")
+
+    assert (status, set(control(a)), control(b)) == (200, {("load", "m")}, [("load", "m")])
+
+
+async def test_a_group_that_crosses_another_replaces_it(
+    session: aiohttp.ClientSession,
+) -> None:
+    sizes = {"pair": 200, "wide": 300}
+    catalogue = profiles(
+        Profile("pair", devices=[0, 1], vram_mb=200), Profile("wide", devices=[0, 1, 2])
+    )
+    async with MemoryNeuron("a", [600] * 3, sizes) as a, a_gateway(a, catalogue=catalogue) as g:
+        await ask(session, g, "pair")
+        a.estimates["wide"] = LoadEstimate(least_mb=300, wanted_mb=300)
+        status, _ = await ask(session, g, "wide")
+
+    assert (status, control(a)) == (200, [("load", "pair"), ("unload", "pair"), ("load", "wide")])
 
 
 async def test_only_as_much_is_unloaded_as_is_needed(session: aiohttp.ClientSession) -> None:

@@ -17,8 +17,9 @@ from torch import Tensor
 from cortex.ipc.messages import SamplingParams
 from cortex.models.execution import DEFAULT, Execution
 from cortex.models.kernels.graphs import DecodeGraphs, buckets
+from cortex.models.loaded_model import LoadedModel
 from cortex.models.quantization import Matrix, Part
-from cortex.models.weights import LoadedModel, load_model
+from cortex.models.weights import load_model
 from cortex.runtime.device.async_runner import AsyncRunner
 from cortex.runtime.device.cuda import open_device, reclaim, side_stream, wait_for_stream
 from cortex.runtime.device.engine import Engine
@@ -320,7 +321,9 @@ def test_a_device_serves_it_within_what_it_books(tmp_path: Path) -> None:
         device: torch.device,
         dtype: str,
         on_progress: Callable[[int, int], None],
+        **rest: object,
     ) -> LoadedModel:
+        del rest
         return load_model(tmp_path, device=device, dtype="bfloat16", on_progress=on_progress)
 
     bench = DeviceBench(load, device=str(GPU), memory_bytes=4 << 30)

@@ -11,6 +11,14 @@ FOOTPRINT = messages.Footprint(weights_bytes=3, kv_bytes=2, workspace_bytes=1)
 EVERY_COMMAND: list[messages.Command] = [
     messages.Ping(command_id=1),
     messages.LoadModel(command_id=1, model="m", path="/models/m.gguf", max_context_tokens=4096),
+    messages.LoadModel(
+        command_id=1,
+        model="m",
+        path="/models/m",
+        quant="q4_0",
+        quant_cache="/var/cache/quant",
+        group="cuda:0+cuda:1",
+    ),
     messages.UnloadModel(command_id=1, model="m"),
     messages.Generate(
         command_id=2,
@@ -33,6 +41,9 @@ EVERY_COMMAND: list[messages.Command] = [
     messages.Cancel(command_id=3, sequence_id=7),
     messages.QueryMemory(command_id=4),
     messages.ClearPrefixCache(command_id=4, model="m"),
+    messages.JoinGroup(command_id=8, group="g", rank=1, ranks=2, meeting="/run/meeting"),
+    messages.CheckCollective(command_id=9, group="g"),
+    messages.LeaveGroup(command_id=10, group="g"),
     messages.Shutdown(command_id=5),
 ]
 
@@ -62,6 +73,9 @@ EVERY_EVENT: list[messages.Event] = [
     messages.Embedded(command_id=6, vector=b"\0\0\x80?"),
     messages.MemoryReport(command_id=1, total_bytes=10, free_bytes=4, models={"m": FOOTPRINT}),
     messages.CacheCleared(command_id=4, model="m", blocks=3),
+    messages.GroupJoined(command_id=8, group="g", backend="gloo"),
+    messages.CollectiveChecked(command_id=9, group="g", observed_sum=3.0),
+    messages.GroupLeft(command_id=10, group="g"),
     messages.EngineReport(
         "m", 1, 2, kv_free_tokens=64, preemptions=4, drafted_tokens=6, accepted_tokens=5
     ),

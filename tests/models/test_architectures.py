@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
 from cortex.models.kernels import cpu
-from cortex.models.weights import LoadedModel
+from cortex.models.loaded_model import LoadedModel
 from tiny_models import (
     Player,
     loaded,
@@ -23,8 +24,35 @@ from tiny_models import (
     write_gguf,
 )
 
-ARCHITECTURES = ("llama", "qwen2", "qwen3")
+ARCHITECTURES = ("llama", "qwen2", "qwen3", "qwen3_moe")
 ROTARY_BASE = {"rope_parameters": {"rope_type": "default", "rope_theta": 500000.0}}
+SCALED: dict[str, dict[str, Any]] = {
+    "linear": {"rope_type": "linear", "rope_theta": 1e4, "factor": 3.0},
+    "llama3": {
+        "rope_type": "llama3",
+        "rope_theta": 1e4,
+        "factor": 8.0,
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+    "yarn": {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 4.0,
+        "original_max_position_embeddings": 16,
+    },
+    "yarn with its own numbers": {
+        "rope_type": "yarn",
+        "rope_theta": 1e4,
+        "factor": 4.0,
+        "original_max_position_embeddings": 64,
+        "attention_factor": 1.5,
+        "beta_fast": 8.0,
+    },
+}
+"""Rotary positions that are scaled so early that 30 tokens tell."""
+
 VARIANTS: dict[str, dict[str, Any]] = {
     "untied": {},
     "tied": {"tie_word_embeddings": True},
@@ -33,12 +61,28 @@ VARIANTS: dict[str, dict[str, Any]] = {
     "explicit head size": {"head_dim": 32},
     "sizes that fill no vector": {"hidden_size": 40, "intermediate_size": 51, "head_dim": 10},
     "another theta": ROTARY_BASE,
+    "three queries to a key": {
+        "hidden_size": 72,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    },
     "a window that is not used": {"use_sliding_window": False, "sliding_window": 3},
+}
+MIXTURES: dict[str, dict[str, Any]] = {
+    "weights that do not sum to 1": {"norm_topk_prob": False},
+    "one expert per token": {"num_experts_per_tok": 1},
+    "all experts": {"num_experts_per_tok": 8},
+    "experts that fill no vector": {"moe_intermediate_size": 20},
+    "a dense layer": {"mlp_only_layers": [1]},
+    "every second layer sparse": {"decoder_sparse_step": 2},
 }
 MODELS = [
     *[("llama", variant) for variant in VARIANTS if "window" not in variant],
     *[("qwen2", variant) for variant in VARIANTS],
     *[("qwen3", variant) for variant in VARIANTS],
+    *[("qwen3_moe", variant) for variant in VARIANTS],
+    *[("qwen3_moe", variant) for variant in MIXTURES],
 ]
 
 
@@ -56,7 +100,7 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.mark.parametrize(("model_type", "variant"), MODELS)
 def test_logits_equal_those_of_transformers(tmp_path: Path, model_type: str, variant: str) -> None:
-    reference = saved_model(tmp_path, model_type, **VARIANTS[variant])
+    reference = saved_model(tmp_path, model_type, **(VARIANTS | MIXTURES)[variant])
     tokens = some_tokens(30)
 
     logits = Player(loaded(tmp_path)).step(a=tokens)["a"]
@@ -66,8 +110,48 @@ def test_logits_equal_those_of_transformers(tmp_path: Path, model_type: str, var
     assert torch.equal(logits.argmax(-1), expected.argmax(-1))
 
 
-def test_mistral_without_a_window_is_llama(tmp_path: Path) -> None:
-    reference = saved_model(tmp_path, "mistral", sliding_window=None, head_dim=32)
+@pytest.mark.parametrize("scaling", SCALED)
+@pytest.mark.parametrize("source", ["safetensors", "gguf"])
+@pytest.mark.parametrize("model_type", ARCHITECTURES)
+def test_scaled_rotary_positions_give_the_logits_of_transformers(
+    tmp_path: Path, model_type: str, source: str, scaling: str
+) -> None:
+    reference = random_model(model_type, rope_parameters=SCALED[scaling])
+    if source == "gguf":
+        write_gguf(tmp_path / "tiny.gguf", reference, "F32")
+    else:
+        reference.save_pretrained(tmp_path)
+    tokens = some_tokens(30)
+
+    path = tmp_path / "tiny.gguf" if source == "gguf" else tmp_path
+    logits = Player(loaded(path)).step(a=tokens)["a"]
+
+    expected = reference_logits(reference, tokens)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+    assert torch.equal(logits.argmax(-1), expected.argmax(-1))
+
+
+@pytest.mark.parametrize("scaling", SCALED)
+def test_a_checkpoint_of_transformers_4_scales_its_rotary_positions_too(
+    tmp_path: Path, scaling: str
+) -> None:
+    reference = saved_model(tmp_path, "llama", rope_parameters=SCALED[scaling])
+    config = json.loads((tmp_path / "config.json").read_text())
+    rope = config.pop("rope_parameters")
+    config |= {"rope_theta": rope.pop("rope_theta"), "rope_scaling": rope}
+    rope["type"] = rope.pop("rope_type")
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tokens = some_tokens(30)
+
+    logits = Player(loaded(tmp_path)).step(a=tokens)["a"]
+
+    expected = reference_logits(reference, tokens)
+    torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [{"head_dim": 32}, {"head_dim": 24, "num_attention_heads": 8}])
+def test_mistral_without_a_window_is_llama(tmp_path: Path, shape: dict[str, Any]) -> None:
+    reference = saved_model(tmp_path, "mistral", sliding_window=None, **shape)
     tokens = some_tokens(30)
 
     logits = Player(loaded(tmp_path)).step(a=tokens)["a"]
@@ -155,9 +239,10 @@ def test_hidden_states_are_those_behind_the_final_norm(
         hidden = model.module.hidden(batch)
         expected = reference.model(torch.tensor([tokens])).last_hidden_state[0]
 
-    tolerance = 1e-4 if dtype == "float32" else 0.2
     assert hidden.dtype == torch.float32
-    torch.testing.assert_close(hidden, expected, rtol=tolerance, atol=tolerance)
+    assert torch.cosine_similarity(hidden.flatten(), expected.flatten(), dim=0) > 0.999
+    if dtype == "float32":
+        torch.testing.assert_close(hidden, expected, rtol=1e-4, atol=1e-4)
 
 
 def test_hidden_states_do_not_depend_on_company_or_chunks(tiny: LoadedModel) -> None:

@@ -13,9 +13,12 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 from torch import Tensor
 
-from cortex.models.checkpoints.tensors import GGUF_TYPES, LOADABLE
+from cortex.models.checkpoints.tensors import GGUF_TYPES, LOADABLE, QUANTS
 from cortex.models.kernels import cpu, reference
+from cortex.models.kernels.blocks import UNPACK
+from cortex.models.parallel import Cut
 from cortex.models.quantization import DENSE, STORED, Matrix, Part, row_bytes
+from random_blocks import HALVES, PACKED, columns_of
 
 Dequantize = Callable[[str, Tensor], Tensor]
 
@@ -27,8 +30,7 @@ def by_kernels(kind: str, data: Tensor) -> Tensor:
 
 
 BOTH = pytest.mark.parametrize("dequantize", [by_kernels, reference.dequantize])
-PACKED = [kind for kind in LOADABLE if kind.startswith("Q")]
-WITH_MINIMUM = ("Q4_1", "Q5_1")
+IN_FILES = [kind for kind in PACKED if kind in LOADABLE]
 
 
 def by_gguf(kind: str, data: Tensor) -> Tensor:
@@ -39,19 +41,19 @@ def by_gguf(kind: str, data: Tensor) -> Tensor:
 def with_finite_scales(kind: str, data: Tensor) -> Tensor:
     """Clear the exponent's lowest bit of the float16 fields, so that none is inf or NaN."""
     blocks = data.view(data.size(0), -1, STORED[kind].block_bytes)
-    for offset in (1, 3) if kind in WITH_MINIMUM else (1,):
-        blocks[:, :, offset] &= 0xFB
+    for offset in HALVES[kind]:
+        blocks[:, :, offset + 1] &= 0xFB
     return data
 
 
 @BOTH
-@pytest.mark.parametrize("kind", PACKED)
+@pytest.mark.parametrize("kind", IN_FILES)
 @settings(max_examples=30, deadline=None)
 @given(blocks=st.data())
 def test_blocks_of_any_bytes_mean_what_gguf_says(
     dequantize: Dequantize, kind: str, blocks: st.DataObject
 ) -> None:
-    shape = (3, row_bytes(kind, 64))
+    shape = (3, row_bytes(kind, columns_of(kind, 2)))
     data = torch.from_numpy(blocks.draw(npst.arrays(np.uint8, shape)))
     data = with_finite_scales(kind, data)
 
@@ -59,19 +61,41 @@ def test_blocks_of_any_bytes_mean_what_gguf_says(
 
 
 @BOTH
-@pytest.mark.parametrize("kind", PACKED)
+@pytest.mark.parametrize("kind", IN_FILES)
 @pytest.mark.parametrize("scale", [0.0, -0.0, 6e-8, -1.0, 65504.0, -65504.0])
 @pytest.mark.parametrize("quants", [0x00, 0x0F, 0x7F, 0x80, 0xF0, 0xFF])
 def test_extreme_blocks_mean_what_gguf_says(
     dequantize: Dequantize, kind: str, scale: float, quants: int
 ) -> None:
-    data = torch.full((1, row_bytes(kind, 32)), quants, dtype=torch.uint8)
-    half = torch.tensor([scale], dtype=torch.float16).view(torch.uint8)
-    data[0, :2] = half
-    if kind in WITH_MINIMUM:
-        data[0, 2:4] = half
+    data = torch.full((1, STORED[kind].block_bytes), quants, dtype=torch.uint8)
+    for offset in HALVES[kind]:
+        data[0, offset : offset + 2] = torch.tensor([scale]).half().view(torch.uint8)
 
     assert torch.equal(dequantize(kind, data), by_gguf(kind, data))
+
+
+@BOTH
+@pytest.mark.parametrize("kind", IN_FILES)
+def test_every_byte_in_every_place_means_what_gguf_says(dequantize: Dequantize, kind: str) -> None:
+    size = STORED[kind].block_bytes
+    data = (torch.arange(256)[:, None] + 7 * torch.arange(size)).to(torch.uint8)
+
+    data = with_finite_scales(kind, data)
+
+    assert torch.equal(dequantize(kind, data), by_gguf(kind, data))
+
+
+@BOTH
+@pytest.mark.parametrize("scale", [0.0, -1.5, 1e-42, 3e38, 0.1])
+def test_every_float8_is_exact(dequantize: Dequantize, scale: float) -> None:
+    codes = torch.arange(256, dtype=torch.uint8)
+    scales = torch.full((2, 1), scale).view(torch.uint8)
+    data = torch.cat((scales, codes.view(2, 128)), dim=1).view(1, -1)
+
+    values = dequantize("FP8", data)
+
+    expected = codes.view(torch.float8_e4m3fn).float() * scale
+    torch.testing.assert_close(values[0], expected, rtol=0, atol=0, equal_nan=True)
 
 
 @BOTH
@@ -103,19 +127,21 @@ def test_every_type_has_the_size_the_gguf_library_gives_it() -> None:
     assert {name: theirs[name] for name in ours if name in theirs} == ours
 
 
-def test_every_loadable_type_is_implemented() -> None:
-    assert set(LOADABLE) == set(cpu.KINDS) == set(reference.UNPACK) | set(DENSE)
+def test_every_stored_type_is_implemented() -> None:
+    assert set(STORED) == set(cpu.KINDS) == set(UNPACK) | set(DENSE)
+    assert set(LOADABLE) == set(STORED) - {"FP8"}
+    assert set(QUANTS.values()) < set(STORED)
 
 
 def test_a_matrix_counts_its_packed_bytes() -> None:
-    matrix = Matrix((5,), 64)
+    matrix = Matrix((Cut.whole(5),), Cut.whole(64))
     matrix.fill([Part("Q4_0", torch.zeros(5, 36, dtype=torch.uint8))])
 
     assert matrix.bytes == 5 * 36
 
 
 def test_a_matrix_keeps_its_bytes_in_any_floating_dtype() -> None:
-    matrix = Matrix((5,), 64)
+    matrix = Matrix((Cut.whole(5),), Cut.whole(64))
     matrix.fill([Part("Q4_0", torch.zeros(5, 36, dtype=torch.uint8))])
 
     assert matrix.half().parts[0].data.dtype == torch.uint8

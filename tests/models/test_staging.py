@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from itertools import count
 from pathlib import Path
 
 import pytest
@@ -11,10 +12,13 @@ import torch
 from torch import Tensor
 
 from cortex.models import weights
-from cortex.models.staging import Staging
+from cortex.models.checkpoints.tensors import TensorInfo
+from cortex.models.sources import Source
+from cortex.models.staging import HostLane, Piece, Staging
 from tiny_models import Player, loaded, reference_logits, saved_model, some_tokens
 
 PIECE = 100
+CPU = torch.device("cpu")
 
 
 class FakeCopies:
@@ -43,73 +47,106 @@ class FakeCopies:
             copy()
 
 
-def buffers() -> list[Tensor]:
-    return [torch.zeros(PIECE, dtype=torch.uint8) for _ in range(2)]
+def in_order(into: Tensor, buffer: Tensor) -> Callable[[], None]:
+    """Copy as a stream does, before what is asked of the device next."""
+    into.copy_(buffer)
+    return lambda: None
 
 
-@pytest.mark.parametrize("size", [1, 99, 100, 101, 250, 1000])
+def buffers(size: int = PIECE) -> list[Tensor]:
+    return [torch.zeros(size, dtype=torch.uint8) for _ in range(2)]
+
+
+def empty(size: int = PIECE) -> Tensor:
+    return torch.zeros(size, dtype=torch.uint8)
+
+
+def piece(size: int, into: Tensor | None, land: Callable[[Tensor], None] | None = None) -> Piece:
+    tensor = TensorInfo("t", (size,), "F32", Path("file"), 0, size)
+    return Piece((Source(tensor, 0, 1, size, ((0, size),)),), into, land)
+
+
+def filled_with(byte: int) -> Callable[[memoryview], None]:
+    def fill(view: memoryview) -> None:
+        view[:] = bytes([byte]) * len(view)
+
+    return fill
+
+
+@pytest.mark.parametrize("size", [1, 99, 100])
 def test_every_byte_arrives_where_it_belongs(size: int) -> None:
     copies = FakeCopies()
-    staging = Staging(buffers(), copies)
-    source = torch.randint(256, (size,), dtype=torch.uint8)
-    into, at = torch.zeros(size, dtype=torch.uint8), 0
+    staging = Staging(CPU, buffers(), copies)
+    place = empty(size)
 
-    for piece in staging.pieces(into):
-        piece[:] = source[at : at + len(piece)].numpy().data.cast("B")
-        at += len(piece)
+    staging.carry(piece(size, place), filled_with(7))
     copies.finish()
 
-    assert torch.equal(into, source)
+    assert place.tolist() == [7] * size
 
 
 def test_one_buffer_is_filled_while_the_other_is_copied_and_no_more() -> None:
     copies = FakeCopies()
+    staging = Staging(CPU, buffers(), copies)
+    under_way = []
 
-    for _ in Staging(buffers(), copies).pieces(torch.zeros(10 * PIECE, dtype=torch.uint8)):
-        assert len(copies.under_way) <= 1
+    for _ in range(10):
+        staging.carry(piece(PIECE, empty()), lambda _: under_way.append(len(copies.under_way)))
 
+    assert under_way == [0] + [1] * 9
     assert copies.most == 2
 
 
-def test_a_buffer_is_not_filled_for_the_next_tensor_before_it_was_copied() -> None:
+def test_a_buffer_is_not_filled_for_the_next_piece_before_it_was_copied() -> None:
     copies = FakeCopies()
-    staging = Staging(buffers(), copies)
-    tensors = [torch.zeros(30, dtype=torch.uint8) for _ in range(5)]
+    staging = Staging(CPU, buffers(), copies)
+    places = [empty(30) for _ in range(5)]
 
-    for number, tensor in enumerate(tensors):
-        for piece in staging.pieces(tensor):
-            piece[:] = bytes([number]) * len(piece)
+    for number, place in enumerate(places):
+        staging.carry(piece(30, place), filled_with(number))
     copies.finish()
 
-    assert [set(tensor.tolist()) for tensor in tensors] == [{n} for n in range(5)]
+    assert [set(place.tolist()) for place in places] == [{n} for n in range(5)]
 
 
 def test_what_could_not_be_read_is_not_copied() -> None:
     copies = FakeCopies()
-    pieces = Staging(buffers(), copies).pieces(torch.zeros(PIECE, dtype=torch.uint8))
 
-    next(iter(pieces))
-    del pieces
+    def fail(view: memoryview) -> None:
+        raise OSError
+
+    with pytest.raises(OSError):  # noqa: PT011 - it has no text
+        Staging(CPU, buffers(), copies).carry(piece(PIECE, empty()), fail)
 
     assert copies.most == 0
 
 
-def test_a_model_read_in_pieces_is_the_model(
+@pytest.mark.parametrize("lane", [HostLane(PIECE), Staging(CPU, buffers(), in_order)])
+def test_what_changes_on_the_way_is_taken_from_a_buffer(lane: HostLane | Staging) -> None:
+    landed: list[list[int]] = []
+
+    for byte in (1, 2, 3):
+        lane.carry(piece(3, None, lambda t: landed.append(t.tolist())), filled_with(byte))
+
+    assert landed == [[1] * 3, [2] * 3, [3] * 3]
+
+
+def test_a_model_read_through_buffers_is_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     reference = saved_model(tmp_path, "qwen2")
-    pieces = 0
+    pieces = count()
 
-    def in_order(into: Tensor, buffer: Tensor) -> Callable[[], None]:
-        nonlocal pieces
-        pieces += 1
-        into.copy_(buffer)
-        return lambda: None
+    def counted(into: Tensor, buffer: Tensor) -> Callable[[], None]:
+        next(pieces)
+        return in_order(into, buffer)
 
-    monkeypatch.setattr(weights, "staging_for", lambda _: Staging(buffers(), in_order))
+    monkeypatch.setattr(
+        weights, "lane_for", lambda _, size: Staging(CPU, buffers(max(size, 1 << 16)), counted)
+    )
     tokens = some_tokens(9)
 
     said = Player(loaded(tmp_path)).step(a=tokens)["a"]
 
     assert torch.allclose(said, reference_logits(reference, tokens), atol=1e-4)
-    assert pieces > 1000
+    assert next(pieces) == 30

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -10,21 +12,28 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch import Tensor
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from cortex.models import registry
+from cortex.models import registry, weights
 from cortex.models.checkpoints.checkpoint import ARCHITECTURES, Checkpoint
 from cortex.models.checkpoints.errors import CheckpointError
 from cortex.models.checkpoints.sizes import kv_bytes_per_token
-from cortex.models.checkpoints.tensors import LOADABLE
 from cortex.models.execution import Execution
 from cortex.models.linear import Projection
+from cortex.models.loaded_model import LoadedModel
+from cortex.models.parallel import Cut, Group
 from cortex.models.quantization import Matrix
+from cortex.models.tensor_reader import PIECE_BYTES, Files
 from cortex.models.weights import activation_dtype, load_model
+from tiny_loads import CountedReads, values
 from tiny_models import (
+    SIZES,
     Player,
     gguf_name,
     loaded,
     random_llama,
+    random_model,
     reference_logits,
     saved_llama,
     saved_model,
@@ -33,6 +42,9 @@ from tiny_models import (
 )
 
 CPU = torch.device("cpu")
+WEIGHTS = "model.safetensors"
+KINDS = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+"""The types that the gguf library can quantise to."""
 
 
 @pytest.fixture
@@ -49,7 +61,7 @@ def change_tensors(directory: Path, change: Any) -> None:
 
 
 @pytest.mark.parametrize("tied", [True, False])
-@pytest.mark.parametrize("kind", LOADABLE)
+@pytest.mark.parametrize("kind", KINDS)
 def test_gguf_logits_equal_transformers_on_the_same_values(
     tmp_path: Path, kind: str, tied: bool
 ) -> None:
@@ -62,7 +74,7 @@ def test_gguf_logits_equal_transformers_on_the_same_values(
     torch.testing.assert_close(logits, reference_logits(reference, tokens), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kind", LOADABLE)
+@pytest.mark.parametrize("kind", KINDS)
 def test_weights_take_in_memory_what_they_take_in_the_file(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "tiny.gguf"
     write_gguf(path, random_llama(), kind)
@@ -93,7 +105,7 @@ def test_frequencies_in_an_old_checkpoint_are_passed_over(directory: Path) -> No
     name = "model.layers.0.self_attn.rotary_emb.inv_freq"
     change_tensors(directory, lambda t: t.update({name: torch.ones(8)}))
 
-    assert loaded(directory).num_layers == 3
+    assert loaded(directory).caches.layers == 3
 
 
 def test_neighbours_of_different_types_multiply_as_one_matrix(tmp_path: Path) -> None:
@@ -143,7 +155,7 @@ def test_the_file_may_go_away_once_loaded(directory: Path) -> None:
 def test_what_the_engine_must_know_is_told(directory: Path) -> None:
     model = loaded(directory)
 
-    assert (model.num_layers, model.num_kv_heads, model.head_dim) == (3, 2, 16)
+    assert (model.caches.layers, model.caches.kv_heads, model.caches.head_dim) == (3, 2, 16)
     assert (model.vocab_size, model.max_position_embeddings) == (100, 512)
     assert model.kv_dtype == torch.float32
 
@@ -393,3 +405,195 @@ def test_products_know_whether_the_batch_may_matter(tmp_path: Path) -> None:
         products = [m for m in model.module.modules() if isinstance(m, Projection)]
         assert len(products) > 8
         assert {product.is_batch_invariant for product in products} == {is_invariant}
+
+
+# ---- ranks ----
+
+
+def matrices(model: LoadedModel) -> dict[str, Matrix]:
+    named = model.module.named_modules()
+    return {name: child for name, child in named if isinstance(child, Matrix)}
+
+
+def shard(whole: Tensor, cuts: tuple[Cut, ...], columns: Cut) -> Tensor:
+    """Return the part of *whole* [rows of all, columns] that the cuts mean."""
+    rows, first = [], 0
+    for cut in cuts:
+        rows += [whole[first + a : first + b] for a, b in cut.ranges]
+        first += cut.of
+    return torch.cat([torch.cat(rows)[:, a:b] for a, b in columns.ranges], 1)
+
+
+SHARED = {"num_hidden_layers": 1, "hidden_size": 128, "intermediate_size": 128}
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Models that ranks can share, by how they are stored."""
+    directory = tmp_path_factory.mktemp("shared")
+    saved_model(directory / "llama", "llama", tie_word_embeddings=True, **SHARED)
+    saved_model(directory / "qwen2", "qwen2", **SHARED)
+    saved_model(directory / "qwen3_moe", "qwen3_moe", **SHARED)
+    write_gguf(directory / "llama.gguf", random_llama(**SHARED), "Q8_0")
+    write_gguf(directory / "qwen3_moe.gguf", random_model("qwen3_moe", **SHARED), "F16")
+    return {path.name: path for path in directory.iterdir()}
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3_moe", "llama.gguf", "qwen3_moe.gguf"])
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_each_rank_holds_its_cuts_of_the_whole(
+    shared: dict[str, Path], name: str, ranks: int
+) -> None:
+    whole = loaded(shared[name])
+    biases = dict(whole.module.named_buffers())
+
+    for rank in range(ranks):
+        part = loaded(shared[name], group=Group(rank, ranks))
+
+        for place, matrix in matrices(part).items():
+            expected = shard(values(matrices(whole)[place]), matrix.stacked, matrix.cut)
+            assert torch.equal(values(matrix), expected), place
+        for place, child in part.module.named_modules():
+            if isinstance(child, Projection) and child.bias is not None:
+                bias = biases[f"{place}.bias"][:, None]
+                expected = shard(bias, child.weight.stacked, Cut.whole(1))
+                assert torch.equal(child.bias, expected[:, 0]), place
+        assert part.caches.kv_heads == max(1, 2 // ranks)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama.gguf", "qwen3_moe"])
+def test_a_rank_reads_what_it_holds_and_the_rest_of_split_rows(
+    shared: dict[str, Path], monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    reads = CountedReads()
+    monkeypatch.setattr(weights, "Files", lambda: Files(reads))
+    told: list[tuple[int, int]] = []
+
+    model = load_model(
+        shared[name],
+        device=CPU,
+        dtype="float32",
+        on_progress=lambda *step: told.append(step),
+        group=Group(1, 2),
+    )
+
+    made_here = sum(b.nbytes for key, b in model.module.named_buffers() if "frequencies" in key)
+    held = model.weights_bytes - made_here
+    others_columns = sum(m.bytes for m in matrices(model).values() if not m.cut.is_whole)
+    assert told[-1] == (held, held)
+    assert held <= reads.bytes <= held + others_columns
+    assert held < 0.55 * Checkpoint.open(shared[name]).weights_bytes
+
+
+def test_heads_that_do_not_divide_are_refused_in_words(shared: dict[str, Path]) -> None:
+    with pytest.raises(CheckpointError, match=r"llama: .* divide among 3 ranks"):
+        loaded(shared["llama"], group=Group(0, 3))
+
+
+def test_columns_of_a_packed_matrix_are_cut_between_blocks_only(tmp_path: Path) -> None:
+    sizes = {**SHARED, "intermediate_size": 96}
+    write_gguf(tmp_path / "tiny.gguf", random_llama(**sizes), "Q4_0")
+
+    with pytest.raises(
+        CheckpointError,
+        match=r"'blk.0.ffn_down.weight': columns 48 to 95 of 96 are no whole number of Q4_0 blocks",
+    ):
+        loaded(tmp_path / "tiny.gguf", group=Group(1, 2))
+
+
+@pytest.mark.parametrize("dtype", ["auto", "float32"])
+def test_pieces_cut_no_tile_and_no_head(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    sizes = {"num_hidden_layers": 1, "head_dim": 24, "tie_word_embeddings": True}
+    write_gguf(tmp_path / "tiny.gguf", random_llama(**sizes), "Q5_0")
+    whole = loaded(tmp_path / "tiny.gguf", dtype=dtype)
+    monkeypatch.setattr("cortex.models.filler.PIECE_BYTES", 20 * 44)  # 20 rows of 64 in Q5_0
+
+    cut = loaded(tmp_path / "tiny.gguf", dtype=dtype)
+
+    for name, matrix in matrices(cut).items():
+        for part, expected in zip(matrix.parts, matrices(whole)[name].parts, strict=True):
+            assert torch.equal(part.data, expected.data), name
+
+
+# ---- memory ----
+
+
+def anonymous_bytes() -> int:
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+
+MEBIBYTE = 1 << 20
+
+
+LARGE = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 2, "head_dim": 128}
+
+
+@pytest.fixture(scope="module")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of 63 MB, in rows of 2 KiB and more."""
+    directory = tmp_path_factory.mktemp("large")
+    config = AutoConfig.for_model("qwen3", **{**SIZES, **LARGE})
+    config.save_pretrained(directory)
+    with torch.device("meta"):
+        auto: Any = AutoModelForCausalLM
+        shapes = auto.from_config(config).state_dict()
+    block = torch.randn(1 << 16).to(torch.bfloat16)
+    tensors = {
+        name: block.repeat(-(-meta.numel() // block.numel()))[: meta.numel()].view(meta.shape)
+        for name, meta in shapes.items()
+    }
+    save_file({name: tensor.clone() for name, tensor in tensors.items()}, directory / WEIGHTS)
+    return directory
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quant", "beside"),
+    [
+        ("auto", None, 0),
+        ("bfloat16", None, 0),
+        ("float16", None, 2 * PIECE_BYTES),  # a piece for each reader, before its width changes
+        ("auto", "q8_0", 12 * MEBIBYTE),  # and what the heap keeps of the floats between
+    ],
+)
+def test_a_load_takes_little_more_than_the_weights(
+    large: Path, monkeypatch: pytest.MonkeyPatch, dtype: str, quant: str | None, beside: int
+) -> None:
+    monkeypatch.setattr(weights, "MAX_READERS", 2)
+    load_model(large, device=CPU, dtype=dtype, on_progress=lambda *_: None, quant=quant)
+    gc.collect()
+    before, most = anonymous_bytes(), 0
+
+    def look(done: int, total: int) -> None:
+        nonlocal most
+        most = max(most, anonymous_bytes() - before)
+
+    model = load_model(large, device=CPU, dtype=dtype, on_progress=look, quant=quant)
+
+    now = anonymous_bytes() - before
+    assert most <= model.weights_bytes + beside + 4 * MEBIBYTE
+    kept = (12 if quant else 4) * MEBIBYTE
+    assert now == pytest.approx(model.weights_bytes, abs=kept)
+    del model
+    gc.collect()
+    assert anonymous_bytes() - before < kept
+
+
+def test_a_cancelled_load_gives_everything_back(large: Path) -> None:
+    loaded(large)
+    gc.collect()
+    before = anonymous_bytes()
+
+    def cancel(done: int, total: int) -> None:
+        if done > total // 2:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        load_model(large, device=CPU, dtype="auto", on_progress=cancel)
+
+    assert anonymous_bytes() - before < 4 * MEBIBYTE
+    assert not [thread for thread in threading.enumerate() if thread.name == "reader"]
+    held = [link.readlink() for link in Path("/proc/self/fd").iterdir() if link.is_symlink()]
+    assert large / WEIGHTS not in held

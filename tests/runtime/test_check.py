@@ -3,8 +3,9 @@
 import asyncio
 import io
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import msgspec
@@ -46,20 +47,26 @@ def _here(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setenv("COLUMNS", "120")
 
 
-async def checked(hub: FakeHub, *arguments: str, memory_mb: int = 1024) -> Result:
+async def checked(
+    hub: FakeHub,
+    *arguments: str,
+    memory_mb: int = 1024,
+    environment: Mapping[str, str] = MappingProxyType({}),
+) -> Result:
     """Return what the command says on a host with one small CPU device."""
-    environment = {
+    set_here = {
         "HF_ENDPOINT": hub.url,
         "NEURON_DEVICES__0__NAME": "cpu:0",
         "NEURON_DEVICES__0__MEMORY_MB": str(memory_mb),
+        **environment,
     }
     return await asyncio.to_thread(
-        lambda: CliRunner().invoke(cli.app, ["check", *arguments], env=environment)
+        lambda: CliRunner().invoke(cli.app, ["check", *arguments], env=set_here)
     )
 
 
-async def answered(hub: FakeHub, *arguments: str, memory_mb: int = 1024) -> dict[str, Any]:
-    result = await checked(hub, *arguments, "--json", memory_mb=memory_mb)
+async def answered(hub: FakeHub, *arguments: str, **how: Any) -> dict[str, Any]:
+    result = await checked(hub, *arguments, "--json", **how)
     answer: dict[str, Any] = json.loads(result.output)
     assert result.exit_code == (0 if answer["loadable"] else 1)
     return answer
@@ -74,7 +81,7 @@ async def test_a_hubs_model_is_judged_by_its_headers(hub: FakeHub) -> None:
     assert answer["download_bytes"] == sum(map(len, dense().values())) - len(dense()["README.md"])
     assert answer["quants"] == ["F32", "Q2_K"]
     assert answer["context_tokens"] == 1024
-    assert device["weights_bytes"] == 2 * 16 * 641
+    assert device["weights_bytes"] == 2 * 16 * 640 + 4 * 16  # norms are float32
     assert device["kv_bytes_per_token"] == 2 * 8 * 4
     assert device["kv_bytes"] == 1024 * 64
     assert (device["total_bytes"], device["words"]) == (1024 * MIB, "fits")
@@ -213,8 +220,77 @@ def test_a_gpus_driver_says_what_is_free(said: int | None, free_bytes: int) -> N
 
     gpu, cpu = rooms_of(specs, probe.inventory(), probe)
 
-    assert (gpu.free_bytes, gpu.kind) == (free_bytes, "cuda")
-    assert (cpu.free_bytes, cpu.kind) == (MIB, "cpu")
+    assert (gpu.free_bytes, gpu.spec.kind) == (free_bytes, "cuda")
+    assert (cpu.free_bytes, cpu.spec.kind) == (MIB, "cpu")
+
+
+async def test_a_model_for_several_devices_has_a_row_for_each_rank(hub: FakeHub) -> None:
+    more = {"NEURON_DEVICES__1__NAME": "cpu:1", "NEURON_DEVICES__1__MEMORY_MB": "512"}
+
+    answer = await answered(hub, REPO, "--tensor-parallel", "2", environment=more)
+    result = await checked(hub, REPO, "--devices", "1,0", environment=more)
+
+    ranks = [(device["rank"], device["device"]) for device in answer["devices"]]
+    assert ranks == [(0, "cpu:0"), (1, "cpu:1")]
+    assert {device["weights_bytes"] for device in answer["devices"]} == {2 * 16 * 320 + 4 * 16}
+    assert {device["kv_bytes_per_token"] for device in answer["devices"]} == {2 * 8 * 4}
+    words = " ".join(result.output.replace("│", " ").split())
+    assert "shared by 2 devices" in words
+    assert "0 cpu:0 1024 1024 1 " in words
+    assert "1 cpu:1 512 512 1 " in words
+
+
+@pytest.mark.parametrize(
+    ("arguments", "kind"),
+    [
+        (["--tensor-parallel", "2"], "too_few_devices"),
+        (["--devices", "7"], "no_such_device"),
+        (["--devices", "0,0"], "devices_mismatch"),
+    ],
+)
+async def test_devices_that_are_not_there_are_said(
+    hub: FakeHub, arguments: list[str], kind: str
+) -> None:
+    answer = await answered(hub, REPO, *arguments)
+
+    assert (answer["loadable"], answer["refusal"]["kind"]) == (False, kind)
+
+
+async def test_ranks_are_loadable_only_where_all_of_them_fit(hub: FakeHub) -> None:
+    rooms = [Room(DeviceSpec(n, f"cpu:{n}", LARGE), free) for n, free in enumerate((LARGE, 1))]
+    survey = Survey("o", None, size_bytes=9 * MIB)
+
+    shared = module.judge(LoadRequest("m", tensor_parallel=2), survey, rooms)
+    alone = module.judge(LoadRequest("m"), survey, rooms)
+
+    assert (shared.loadable, alone.loadable) == (False, True)
+    assert [verdict.weights_bytes for verdict in shared.devices] == [9 * MIB // 2] * 2
+
+
+async def test_dense_weights_that_would_be_quantised_are_judged_as_that(hub: FakeHub) -> None:
+    answer = await answered(hub, REPO, "--quant", "q8_0")
+    result = await checked(hub, REPO, "--quant", "q8_0")
+
+    assert (answer["becomes"], answer.get("quant")) == ("q8_0", None)
+    assert "dense, quantised to q8_0 while loading" in " ".join(result.output.split())
+
+
+@pytest.mark.parametrize(("capability", "is_slow"), [("7.5", True), ("8.0", False), (None, False)])
+def test_an_old_gpu_is_said_to_be_slow_in_bfloat16(
+    tmp_path: Path, capability: str | None, is_slow: bool
+) -> None:
+    for name, content in dense().items():
+        (tmp_path / name).write_bytes(content)
+    checkpoint = Checkpoint.open(tmp_path)
+    room = Room(DeviceSpec(0, "cuda:0", LARGE), LARGE, capability)
+
+    answer = module.judge(LoadRequest("m"), Survey("o", tmp_path, checkpoint=checkpoint), [room])
+    in_float16 = module.judge(
+        LoadRequest("m", dtype="float16"), Survey("o", tmp_path, checkpoint=checkpoint), [room]
+    )
+
+    assert ("bfloat16, which is slow" in answer.devices[0].words) is is_slow
+    assert in_float16.devices[0].words == "fits"
 
 
 def test_a_half_fetched_model_says_how_much_is_here() -> None:

@@ -15,6 +15,7 @@ from cortex.ipc.engine_options import EngineOptions
 from cortex.ipc.errors import NodeFailed
 from cortex.ipc.heartbeat import Activity, HeartbeatWriter
 from cortex.ipc.messages import (
+    PEER_LOST,
     PROTOCOL_VERSION,
     Command,
     Failed,
@@ -24,6 +25,8 @@ from cortex.ipc.messages import (
     Pong,
     SamplingParams,
 )
+from cortex.ipc.plan_ring import PlanRing
+from cortex.ipc.post import Letters
 from cortex.ipc.ring import Flag, TokenProducer, TokenRing
 from cortex.ipc.taps import Tap
 from cortex.runtime import device_life
@@ -46,6 +49,12 @@ class FakeChild:
         self.pid = 4711
         self.gone: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self.code: int | None = -9
+        self.letters: Letters | None = None
+        self.has_died = False
+        """Whether it has, and the loop has not heard of that yet."""
+
+    def is_gone(self) -> bool:
+        return self.has_died
 
     def kill(self) -> None:
         if not self.gone.done():
@@ -113,6 +122,7 @@ async def wired(deadlines: Deadlines, hello_timeout_seconds: float = 0.2) -> Asy
 
     async def fork(title: str, **given: Any) -> Child:
         arguments.update(given)
+        child.letters = Letters(arguments.pop("post"))
         return child
 
     life = DeviceLife(
@@ -130,6 +140,8 @@ async def wired(deadlines: Deadlines, hello_timeout_seconds: float = 0.2) -> Asy
         await wire.begin(tasks)
         yield wire
         wire.close()
+        assert child.letters is not None
+        child.letters.close()
     context.destroy(linger=0)
 
 
@@ -318,6 +330,59 @@ async def test_a_life_that_is_killed_while_it_is_forked_ends_the_child() -> None
 
     assert over.result() == End(Cause.ASKED, "stopped early")
     assert child.gone.done()
+
+
+async def test_a_process_that_was_gone_already_is_not_ended_for_another(wire: Wire) -> None:
+    await greet(wire)
+    wire.child.has_died = True
+
+    wire.life.kill(Cause.PEER, "cpu:1 was lost")
+    assert wire.life.cause is None
+    wire.child.kill()
+    end = await wire.over
+
+    assert end.cause is Cause.DIED
+
+
+async def test_what_a_process_says_of_itself_counts_more_than_a_peers_end(wire: Wire) -> None:
+    await greet(wire)
+
+    wire.life.kill(Cause.PEER, "cpu:1 was lost")
+    wire.end.send(Failed("internal_error", "a bug", fatal=True))
+    end = await wire.over
+
+    assert end == End(Cause.FAILED, "the device process of cpu:0 failed: a bug")
+
+
+async def test_a_rank_whose_collective_broke_ends_as_a_peer(wire: Wire) -> None:
+    await greet(wire)
+
+    wire.end.send(Failed(PEER_LOST, "the others do not answer", fatal=True))
+    end = await wire.over
+
+    assert end == End(Cause.PEER, "the device process of cpu:0 failed: the others do not answer")
+
+
+async def test_a_child_gets_its_post(wire: Wire) -> None:
+    ring = PlanRing(1)
+
+    wire.life.post.send("0-1.1", ring.descriptors(1))
+    ring.close()
+
+    assert wire.child.letters is not None
+    taken = wire.child.letters.take("0-1.1") or []
+    assert len(taken) == 3
+    for descriptor in taken:
+        descriptor.close()
+
+
+async def test_the_post_of_a_child_that_is_gone_is_not_taken(wire: Wire) -> None:
+    assert wire.child.letters is not None
+
+    wire.child.letters.close()
+
+    with pytest.raises(OSError, match=r"pipe|reset|connect"):
+        wire.life.post.send("0-1.1", [])
 
 
 async def test_commands_and_events_are_published_on_the_tap(

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import AsyncIterator
+from functools import partial
 
 import pytest
 
@@ -17,8 +18,8 @@ from cortex.ipc.messages import (
 )
 from cortex.runtime.config import DeviceSpec
 from cortex.runtime.device_process import DeviceProcess
-from cortex.runtime.device_state import FAILURE_WINDOW_SECONDS, State
-from supervisor_fakes import FakeClock, FakeDevices, eventually
+from cortex.runtime.device_state import FAILURE_WINDOW_SECONDS, Cause, State
+from supervisor_fakes import FakeClock, FakeDeviceProcess, FakeDevices, eventually
 
 SPEC = DeviceSpec(0, "cpu:0", 2**30, 1)
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8, seed=1)
@@ -79,6 +80,51 @@ async def test_it_is_ready_after_hello(bench: Bench, device: DeviceProcess) -> N
 
 async def test_a_question_is_answered(device: DeviceProcess) -> None:
     assert isinstance(await device.ask(Ping, timeout_seconds=5), Pong)
+
+
+async def test_it_waits_after_losses_that_were_a_peers_fault_too(
+    bench: Bench, device: DeviceProcess
+) -> None:
+    for _ in range(6):
+        lives = len(bench.lives.lives[0])
+        device.end_with("cpu:1")
+        await eventually(partial(_lives_again, bench, lives), "another life")
+        await device.become_ready()
+
+    assert (device.is_poisoned, device.losses) == (False, {Cause.PEER: 6})
+    assert bench.backoffs == [1, 2, 3, 4, 5, 6]
+
+
+async def test_last_words_make_a_peers_fault_its_own(bench: Bench, device: DeviceProcess) -> None:
+    for _ in range(4):
+        await device.become_ready()
+        life = bench.lives.now()
+        life.last_cause = Cause.FAILED
+        device.end_with("cpu:1")
+        await eventually(partial(_is_over, bench, life), "its end")
+
+    assert (device.is_poisoned, device.losses) == (True, {Cause.FAILED: 4})
+
+
+def _is_over(bench: Bench, life: FakeDeviceProcess) -> bool:
+    return bench.lives.now() is not life or bench.device.is_poisoned
+
+
+def _lives_again(bench: Bench, lives: int) -> bool:
+    return len(bench.lives.lives[0]) > lives
+
+
+async def test_a_device_that_is_not_ready_is_not_ended_with_another(
+    bench: Bench, device: DeviceProcess
+) -> None:
+    await bench.device.stop(GRACE)
+
+    device.end_with("cpu:1")
+    device.tell(Ping)
+
+    assert device.losses == {}
+    with pytest.raises(PeerGone):
+        device.send_descriptors("g", [])
 
 
 async def test_a_prefix_cache_is_cleared(bench: Bench, device: DeviceProcess) -> None:

@@ -101,6 +101,17 @@ def test_what_no_eviction_would_help_is_refused(
         assert {"weights_bytes", "kv_bytes"} <= set(refused.value.extras)
 
 
+def test_a_rank_has_all_logits_and_its_share_of_the_rest(tiny: Path) -> None:
+    alone, shared = (estimated(tiny, tensor_parallel=ranks) for ranks in (1, 2))
+    config = opened(tiny).config
+
+    workspaces = [workspace_bytes(config, "cpu", 4, ranks) for ranks in (1, 2)]
+
+    saved = workspaces[0] - workspaces[1]
+    assert saved == 128 * 3 * (config["intermediate_size"] // 2) * 4
+    assert alone.least_bytes // 2 < shared.least_bytes < alone.least_bytes - saved
+
+
 # of files
 
 
@@ -144,6 +155,14 @@ async def test_numbers_are_in_whole_megabytes_rounded_up(neuron: Neuron) -> None
 
     assert await neuron.supervisor.estimate(LoadRequest(A)) == LoadEstimate(4, 9)
     assert neuron.supervisor.models == {}
+
+
+async def test_what_devices_share_is_estimated_for_all_of_them_together(neuron: Neuron) -> None:
+    neuron.files.estimate_is = Estimate(3 * MIB + 1, 9 * MIB)
+
+    found = await neuron.supervisor.estimate(LoadRequest(A, tensor_parallel=2))
+
+    assert found == LoadEstimate(8, 18)
 
 
 async def test_an_earlier_load_is_told_of(neuron: Neuron) -> None:

@@ -57,10 +57,19 @@ def test_a_damaged_file_is_said_and_replaced(tmp_path: Path, damage: bytes) -> N
     assert footprints.of(LoadRequest("org/m", quant="q4_1"), "cpu:0") == HELD
 
 
+def test_what_several_devices_share_is_another_footprint() -> None:
+    footprints = Footprints(None)
+    footprints.keep(LoadRequest("m", tensor_parallel=2), "cpu:0", HELD)
+
+    assert footprints.of(LoadRequest("m", devices=[2, 3]), "cpu:2") == HELD
+    assert footprints.of(LoadRequest("m"), "cpu:0") is None
+    assert footprints.of(LoadRequest("m", tensor_parallel=4), "cpu:0") is None
+
+
 def test_a_file_of_another_version_is_begun_anew(tmp_path: Path) -> None:
     file = tmp_path / FILE
     kept(tmp_path)
-    file.write_bytes(file.read_bytes().replace(b'"version": 1', b'"version": 2'))
+    file.write_bytes(file.read_bytes().replace(b'"version": 2', b'"version": 1'))
 
     assert Footprints(tmp_path).of(LoadRequest("org/m", quant="q4_1"), "cpu:0") is None
 

@@ -9,13 +9,13 @@ import pytest
 from structlog.testing import capture_logs
 
 from cortex.ipc.errors import Unloadable
-from cortex.ipc.messages import EngineReport
-from cortex.ipc.node_api import LoadRequest
+from cortex.ipc.messages import EngineReport, Footprint
+from cortex.ipc.node_api import LoadRequest, Refusal
 from cortex.runtime.activation import Activation
 from cortex.runtime.config import AdmissionConfig, DeviceSpec
 from cortex.runtime.discovery import Gpu, ProbeFailed, Reading
 from cortex.runtime.foreign_use import ForeignUse
-from cortex.runtime.health import Report
+from cortex.runtime.health import Report, capabilities, model_info
 from cortex.runtime.readings import Readings
 from cortex.runtime.served_model import Limits
 from cortex.runtime.traffic import Rates, Traffics
@@ -159,7 +159,7 @@ def test_a_model_that_was_loaded_anew_begins_anew() -> None:
     node = FakeNode("m")
     traffics = Traffics(AdmissionConfig())
     traffics.of(node.models["m"]).rates.decoded(10, 1.0)
-    node.models["m"] = FakeModel(LoadRequest("m"), node.devices[0])
+    node.models["m"] = FakeModel(LoadRequest("m"), node.devices[:1])
 
     assert report(node, traffics=traffics).health().models[0].tok_s_decode == 0.0
 
@@ -327,3 +327,36 @@ def test_before_a_device_process_spoke_the_installed_torch_is_named() -> None:
 
     assert build.version(None).torch_version == build.torch_version
     assert build.package_version != "unknown"
+
+
+def pair(node: FakeNode) -> list[FakeDevice]:
+    return [*node.devices, FakeDevice(DeviceSpec(1, "cpu:1", 1024 * MIB, 2))]
+
+
+def test_a_model_on_several_devices_shows_what_it_holds_on_each() -> None:
+    node = FakeNode()
+    held = [Footprint(3 * MIB, 2 * MIB, MIB), Footprint(5 * MIB, 2 * MIB, MIB)]
+    node.models["m"] = FakeModel(LoadRequest("m"), pair(node), footprints=held)
+
+    info = model_info(node.models["m"])
+
+    assert [(device.index, device.weights_mb) for device in info.devices] == [(0, 3), (1, 5)]
+    assert capabilities(node.models["m"]).size_bytes == 8 * MIB
+
+
+def test_a_model_that_is_not_loaded_yet_shows_where_it_will_be() -> None:
+    node = FakeNode()
+    node.models["m"] = FakeModel(LoadRequest("m"), pair(node), "loading", footprints=[])
+
+    info = model_info(node.models["m"])
+
+    assert [(device.index, device.kv_mb) for device in info.devices] == [(0, 0), (1, 0)]
+
+
+def test_a_refused_load_is_shown_with_its_kind_and_numbers() -> None:
+    node, refusal = FakeNode(), Refusal("insufficient_memory", {"weights_bytes": 5})
+    node.models["m"] = FakeModel(
+        LoadRequest("m"), node.devices[:1], "failed", failure="no room", refusal=refusal
+    )
+
+    assert model_info(node.models["m"]).refusal == refusal

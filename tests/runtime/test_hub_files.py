@@ -11,6 +11,7 @@ from cortex.runtime.hub_files import (
     describing,
     files_named,
     gguf_file,
+    is_in_situ,
     quant_of,
     quants,
     shards,
@@ -90,8 +91,28 @@ def test_the_eyes_of_a_vision_model_are_no_model() -> None:
     assert quants(files) == ["F16"]
 
 
-def test_quantising_safetensors_is_refused() -> None:
-    assert refusal("q8_0", "model.safetensors", "config.json").kind == "quant_unsupported"
+@pytest.mark.parametrize(
+    ("quant", "files", "is_quantised"),
+    [
+        ("q8_0", ["model.safetensors"], True),
+        ("Q4_0", ["model.safetensors.index.json", "a.Q8_0.gguf"], True),
+        ("q8_0", ["model.safetensors", "a.Q8_0.gguf"], False),
+        ("Q4_K_M", ["model.safetensors"], False),
+        ("q8_0", ["a.Q4_0.gguf"], False),
+    ],
+)
+def test_safetensors_are_quantised_where_no_gguf_file_is_what_was_asked_for(
+    quant: str, files: list[str], is_quantised: bool
+) -> None:
+    assert is_in_situ(listing(*files), quant) is is_quantised
+
+
+def test_what_safetensors_cannot_become_is_refused_with_what_they_can() -> None:
+    refused = refusal("Q4_K_M", "model.safetensors", "config.json", "a.Q6_K.gguf")
+
+    assert refused.kind == "quant_not_found"
+    assert {"Q6_K", "q4_0", "fp8"} < set(refused.extras["available"])
+    assert refused.extras["nearest"] == "q4_0"
 
 
 @pytest.mark.parametrize("weights", ["model.safetensors", "model.safetensors.index.json"])

@@ -160,6 +160,35 @@ async def test_a_hubs_model_that_works_is_fetched_and_read(from_hub: ModelFiles)
     assert (await from_hub.read(path, request, PLENTY)).text_prompt("Paris")
 
 
+async def test_safetensors_are_quantised_while_they_are_loaded(
+    from_hub: ModelFiles, tmp_path: Path
+) -> None:
+    request = LoadRequest(REPO, quant="q8_0")
+    await from_hub.examine(request, PLENTY)
+
+    path = await from_hub.fetch(request, _ignore)
+    alone = ModelFiles(places(tmp_path))
+
+    found = await from_hub.in_situ(path, request)
+    assert found is not None
+    assert (found.kind, found.cache.name) == ("q8_0", "quantised")
+    assert await from_hub.in_situ(path, LoadRequest(REPO)) is None
+    assert await alone.fetch(request, _ignore) == path
+    alone.close()
+
+
+async def test_a_gguf_file_of_that_quant_comes_before_quantising(
+    from_hub: ModelFiles, hub: FakeHub
+) -> None:
+    hub.repos[REPO]["tiny.Q8_0.gguf"] = gguf()
+    request = LoadRequest(REPO, quant="q8_0")
+
+    path = await from_hub.fetch(request, _ignore)
+
+    assert path.name == "tiny.Q8_0.gguf"
+    assert await from_hub.in_situ(path, request) is None
+
+
 async def test_the_quant_of_a_files_name_need_not_be_that_of_its_tensors(
     from_hub: ModelFiles, hub: FakeHub
 ) -> None:

@@ -35,7 +35,7 @@ class KeepsItsModel(FakeNode):
     def load_again(self) -> None:
         """Have the model, and no other."""
         text = dataclasses.replace(tiny_text(), pooling="mean")
-        self.models = {MODEL: FakeModel(LoadRequest(MODEL), self.devices[0], text=text)}
+        self.models = {MODEL: FakeModel(LoadRequest(MODEL), self.devices[:1], text=text)}
 
 
 @pytest.fixture(scope="module")

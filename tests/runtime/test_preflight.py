@@ -51,18 +51,35 @@ def test_the_embedded_model_needs_no_more_than_its_name() -> None:
     assert isinstance(preflight.check_request(asking()), PypiSource)
 
 
-@pytest.mark.parametrize("fields", [{"tensor_parallel": 2}, {"devices": [0, 1]}])
-def test_several_devices_for_one_model_are_refused(fields: dict[str, Any]) -> None:
-    with pytest.raises(Unloadable, match="tensor parallelism") as refused:
+@pytest.mark.parametrize(
+    ("fields", "kind"),
+    [
+        ({"tensor_parallel": 2, "devices": [0]}, "devices_mismatch"),
+        ({"tensor_parallel": 1, "devices": [0, 1]}, "devices_mismatch"),
+        ({"devices": [1, 1]}, "devices_mismatch"),
+        ({"devices": []}, "no_such_device"),
+    ],
+)
+def test_devices_and_their_number_that_do_not_agree_are_refused(
+    fields: dict[str, Any], kind: str
+) -> None:
+    with pytest.raises(Unloadable) as refused:
         preflight.check_request(asking(**fields))
 
-    assert refused.value.kind == "tensor_parallel_unsupported"
+    assert refused.value.kind == kind
 
 
-def test_one_device_is_no_tensor_parallelism() -> None:
-    request = asking(tensor_parallel=1, devices=[3])
+@pytest.mark.parametrize(
+    ("fields", "ranks"),
+    [({}, 1), ({"devices": [3]}, 1), ({"devices": [0, 2]}, 2), ({"tensor_parallel": 4}, 4)],
+)
+def test_devices_are_as_many_as_are_named_unless_a_number_is_given(
+    fields: dict[str, Any], ranks: int
+) -> None:
+    request = asking(**fields)
 
     assert isinstance(preflight.check_request(request), PypiSource)
+    assert request.ranks == ranks
 
 
 def test_a_quant_that_the_source_contradicts_is_refused_without_a_download() -> None:
@@ -107,8 +124,63 @@ def test_a_dense_checkpoint_is_loaded_as_it_is(dense: Path) -> None:
     assert preflight.check(dense, asking(), GIGABYTE).quant is None
 
 
-def test_quantising_while_loading_is_refused(dense: Path) -> None:
-    assert refusal(dense, asking(quant="q8_0")).kind == "quant_unsupported"
+@pytest.mark.parametrize("quant", ["q8_0", "Q4_0", "fp8"])
+def test_a_dense_checkpoint_may_be_quantised_while_it_is_loaded(dense: Path, quant: str) -> None:
+    checkpoint = preflight.check(dense, asking(quant=quant), GIGABYTE)
+
+    assert preflight.in_situ(checkpoint, quant) == quant.lower()
+
+
+def test_a_dense_checkpoint_becomes_no_k_quant(dense: Path) -> None:
+    refused = refusal(dense, asking(quant="Q4_K_M"))
+
+    assert refused.kind == "quant_not_found"
+    assert refused.extras["available"] == ["fp8", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0"]
+
+
+@pytest.mark.parametrize(("quant", "is_refused"), [("FP8", False), ("q8_0", True)])
+def test_an_fp8_checkpoint_is_what_it_is(dense: Path, quant: str, is_refused: bool) -> None:
+    config = json.loads((dense / "config.json").read_text())
+    said = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    (dense / "config.json").write_text(json.dumps({**config, "quantization_config": said}))
+
+    if is_refused:
+        assert refusal(dense, asking(quant=quant)).extras["available"] == ["fp8"]
+    else:
+        assert preflight.in_situ(preflight.opened(dense), quant) is None
+
+
+def test_a_gguf_file_is_not_quantised_again(tiny: Path) -> None:
+    assert preflight.in_situ(preflight.opened(tiny), "f32") is None
+
+
+def test_heads_that_do_not_divide_are_refused_with_the_numbers(dense: Path) -> None:
+    refused = refusal(dense, asking(tensor_parallel=3))
+
+    assert refused.kind == "ranks_indivisible"
+    assert (refused.extras["size"], refused.extras["ranks"]) == (1, 3)
+    assert str(refused).startswith("1 query heads do not divide among 3 ranks")
+
+
+def test_a_shared_model_is_refused_by_the_numbers_of_one_device(tmp_path: Path) -> None:
+    path = two_heads(tmp_path)
+    whole, half = (
+        refusal(path, asking(tensor_parallel=ranks), memory_bytes=1).extras for ranks in (1, 2)
+    )
+
+    assert "ranks" not in whole
+    assert half["ranks"] == 2
+    assert half["kv_bytes"] == whole["kv_bytes"] // 2
+    assert whole["weights_bytes"] // 2 < half["weights_bytes"] < whole["weights_bytes"]
+
+
+def two_heads(directory: Path) -> Path:
+    config = transformers.LlamaConfig(
+        hidden_size=8, intermediate_size=8, num_hidden_layers=1, num_attention_heads=2, vocab_size=8
+    )
+    model: Any = transformers.LlamaForCausalLM(config)
+    model.save_pretrained(directory)
+    return directory
 
 
 def test_a_damaged_file_is_refused(tiny: Path) -> None:

@@ -62,7 +62,7 @@ async def test_a_model_that_failed_is_shown_with_its_reason() -> None:
     node = FakeNode(MODEL)
     node.models[MODEL].status = "failed"
     node.models[MODEL].failure = "the disk is full"
-    node.models[MODEL].footprint = None
+    node.models[MODEL].footprints = []
 
     _, body = await got(node, "/models")
 

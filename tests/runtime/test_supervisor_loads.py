@@ -41,7 +41,7 @@ async def test_a_load_is_queued_at_once_and_loaded_in_the_end(supervisor: Superv
 
     assert await supervisor.loaded(A) is model
     assert (model.status, model.servable, model.progress) == ("loaded", Servable(ok=True), None)
-    assert model.footprint == FOOTPRINT
+    assert model.footprints == (FOOTPRINT,)
     assert model.limits is not None
     assert model.limits.max_context_tokens == 2048
     assert model.text is not None
@@ -83,8 +83,8 @@ async def test_another_load_of_a_model_that_is_here_is_refused(supervisor: Super
 @pytest.mark.parametrize(
     ("request_", "kind"),
     [
-        (LoadRequest(A, tensor_parallel=2), "tensor_parallel_unsupported"),
-        (LoadRequest(A, devices=[0, 1]), "tensor_parallel_unsupported"),
+        (LoadRequest(A, tensor_parallel=3), "too_few_devices"),
+        (LoadRequest(A, tensor_parallel=2, devices=[0]), "devices_mismatch"),
         (LoadRequest(A, devices=[2]), "no_such_device"),
         (LoadRequest(A, devices=[]), "no_such_device"),
         (LoadRequest("name"), "source_unsupported"),

@@ -10,13 +10,42 @@ import pytest
 import torch
 from bench_gpu import Cell, Round, summary
 from gpu_peer import Peer
-from random_models import SHAPES, as_transformers, random_model, read_bytes
+from random_models import (
+    SCALES,
+    SHAPES,
+    as_transformers,
+    random_model,
+    random_rows,
+    read_bytes,
+    state_bytes,
+)
 
-from cortex.models.config_values import sizes
+from cortex.models.kernels import reference
+from cortex.models.quantization import ExpertMatrix, Matrix
+from cortex.models.registry import ARCHITECTURES
 from tiny_models import Player, reference_logits, some_tokens
 
 SCRIPTS = Path(__file__).resolve().parents[2] / "scripts"
 CPU = torch.device("cpu")
+MIXTURE = {
+    **SHAPES["tiny"],
+    "model_type": "qwen3_moe",
+    "moe_intermediate_size": 32,
+    "num_experts": 4,
+    "num_experts_per_tok": 2,
+    "norm_topk_prob": True,
+}
+HYBRID = {
+    **SHAPES["27b"],
+    **{key: value for key, value in SHAPES["tiny"].items() if key in SHAPES["27b"]},
+    "model_type": "qwen3_5_text",
+    "full_attention_interval": 2,
+    "linear_num_key_heads": 2,
+    "linear_num_value_heads": 2,
+    "linear_key_head_dim": 16,
+    "linear_value_head_dim": 16,
+    "rope_parameters": SHAPES["27b"]["rope_parameters"],
+}
 
 
 def ran(
@@ -66,17 +95,61 @@ def test_a_random_model_is_one_of_transformers_too(*, is_tied: bool) -> None:
     assert model.weights_bytes - read_bytes(model, shape) == (0 if is_tied else embedding_bytes)
 
 
-@pytest.mark.parametrize(("name", "billions"), [("0.6b", 0.6), ("8b", 8.2), ("32b", 32.8)])
+@pytest.mark.parametrize(
+    ("name", "billions"),
+    [("0.6b", 0.6), ("8b", 8.2), ("32b", 32.8), ("27b", 26.9), ("30b-a3b", 30.5)],
+)
 def test_the_shapes_are_as_large_as_their_names(name: str, billions: float) -> None:
-    shape = SHAPES[name]
-    hidden, heads = shape["hidden_size"], shape["num_attention_heads"]
-    attention = hidden * shape["head_dim"] * (2 * heads + 2 * shape["num_key_value_heads"])
-    layer = attention + 3 * hidden * shape["intermediate_size"]
-    matrices = shape["vocab_size"] * hidden * (1 if shape["tie_word_embeddings"] else 2)
+    architecture = ARCHITECTURES[SHAPES[name]["model_type"]]
+    module = architecture.model(architecture.config(SHAPES[name]), torch.bfloat16)
 
-    assert sizes(shape)["num_hidden_layers"] == shape["num_hidden_layers"]
-    total = shape["num_hidden_layers"] * layer + matrices
+    total = sum(m.rows * m.columns for m in module.modules() if isinstance(m, Matrix))
+
     assert total / 1e9 == pytest.approx(billions, rel=0.02)
+
+
+@pytest.mark.parametrize("kind", [*SCALES, "FP8"])
+def test_random_rows_have_the_spread_of_weights(kind: str) -> None:
+    weights = reference.dequantize(kind, random_rows(kind, 16, 1024, CPU))
+
+    assert float(weights.square().mean().sqrt()) == pytest.approx(1 / 32, rel=0.1)
+    assert abs(float(weights.mean())) < 0.25 / 32
+
+
+def test_experts_that_nobody_chooses_are_not_read() -> None:
+    model = random_model(MIXTURE, CPU, torch.float32)
+    experts = sum(m.bytes for m in model.module.modules() if isinstance(m, ExpertMatrix))
+
+    unread = [model.weights_bytes - read_bytes(model, MIXTURE, tokens) for tokens in (1, 2)]
+
+    embedding = 4 * MIXTURE["vocab_size"] * MIXTURE["hidden_size"]
+    assert unread == [embedding + experts // 2, embedding + experts // 4]
+
+
+@pytest.mark.parametrize(("shape", "weights"), [("hybrid", "bf16"), ("mixture", "q8_0")])
+def test_other_models_are_timed_without_transformers(
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    shape: str,
+    weights: str,
+) -> None:
+    monkeypatch.setattr(bench_gpu, "STEPS", 2)
+    monkeypatch.setitem(bench_gpu.COPY_BYTES, "cpu", 2**16)
+    for name, values in (("hybrid", HYBRID), ("mixture", MIXTURE)):
+        monkeypatch.setitem(SHAPES, name, values)
+    options = f"--shapes={shape} --weights={weights} --batches=2 --contexts=16 --prompts=20"
+    out, err = ran(capsys, monkeypatch, options)
+
+    found = json.loads(out.splitlines()[-1])[shape]
+    assert all(row["ms"] > 0 and "ratio" not in row for row in found.values())
+    assert err == "transformers is left out: not a dense model of 16 bits\n"
+
+
+def test_a_hybrids_states_are_read_and_written() -> None:
+    model = random_model(HYBRID, CPU, torch.float32)
+
+    channels, matrices = 2 * 2 * 16 + 2 * 16, 2 * 16 * 16
+    assert state_bytes(model) == 2 * 4 * (channels * 3 + matrices)
 
 
 def test_it_measures_a_tiny_model_beside_transformers(
@@ -140,4 +213,4 @@ def test_a_shape_that_nobody_knows_is_refused_in_words(
     with pytest.raises(SystemExit):
         ran(capsys, monkeypatch, "--shapes=7b")
 
-    assert "'7b' is not one of 0.6b, 8b, 32b, tiny" in capsys.readouterr().err
+    assert "'7b' is not one of 0.6b, 8b, 32b, 27b, 30b-a3b, tiny" in capsys.readouterr().err

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import struct
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +21,8 @@ from cortex.models.checkpoints.names import is_derived, parameter_name
 from cortex.models.checkpoints.sizes import kv_bytes_per_token
 from cortex.models.checkpoints.tensors import TensorInfo
 from cortex.models.llama import LlamaConfig
+from cortex.models.mixture import MixtureShape
+from cortex.models.rope import Factors, Linear, Yarn
 from tiny_models import random_llama, random_model, saved_llama, write_gguf
 
 METADATA: dict[str, Any] = {
@@ -33,12 +37,16 @@ METADATA: dict[str, Any] = {
 }
 
 
+YARN = {"llama.rope.scaling.type": "yarn", "llama.rope.scaling.factor": 4.0}
+PAPER = 0.1 * math.log(4.0) + 1.0
+
+
 def config(metadata: dict[str, Any], *tensors: str) -> dict[str, Any]:
     infos = {name: TensorInfo(name, (7, 64), "F32", Path("a.gguf"), 0, 0) for name in tensors}
     return config_of(GGUFFile(Path("a.gguf"), {**METADATA, **metadata}, infos))
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3", "qwen3_moe"])
 def test_a_gguf_file_has_the_configuration_it_was_converted_from(
     tmp_path: Path, model_type: str
 ) -> None:
@@ -59,7 +67,7 @@ def test_a_gguf_file_has_the_configuration_it_was_converted_from(
     ("key", "value", "says"),
     [
         ("attention.sliding_window", 4096, "use_sliding_window = True"),
-        ("rope.scaling.type", "yarn", "yarn"),
+        ("rope.scaling.type", "longrope", "longrope"),
         ("expert_count", 8, "num_local_experts = 8"),
     ],
 )
@@ -129,8 +137,11 @@ def test_a_value_that_is_no_size_is_named(key: str, value: Any) -> None:
 @pytest.mark.parametrize(
     ("metadata", "tensors", "says"),
     [
-        ({"llama.rope.scaling.type": "yarn"}, (), "yarn"),
-        ({}, ("rope_freqs.weight",), "llama3"),
+        ({"llama.rope.scaling.type": "longrope"}, (), "longrope"),
+        ({"llama.rope.scaling.type": "yarn"}, (), "rope.scaling.factor is missing"),
+        ({**YARN, "llama.rope.scaling.yarn_ext_factor": 0.5}, (), "extrapolation_factor = 0.5"),
+        ({**YARN, "llama.rope.scaling.yarn_log_multiplier": 0.1}, (), "yarn_log_multiplier"),
+        ({"llama.rope.scaling.factor": "much"}, (), "factor is 'much'"),
         ({"llama.expert_count": 8}, (), "num_local_experts"),
         ({"llama.attention.sliding_window": 4096}, (), "sliding_window"),
         ({"llama.attention.key_length": 16, "llama.attention.value_length": 8}, (), "v_head_dim"),
@@ -146,8 +157,145 @@ def test_a_variant_a_gguf_file_can_say_reaches_the_one_who_refuses_it(
         LlamaConfig.from_json(config(metadata, *tensors))
 
 
-def test_scaling_of_type_none_is_no_scaling() -> None:
-    assert LlamaConfig.from_json(config({"llama.rope.scaling.type": "none"})).head_dim == 16
+@pytest.mark.parametrize(
+    ("metadata", "scaling"),
+    [
+        ({"llama.rope.scaling.type": "none"}, None),
+        ({"llama.rope.scaling.type": "none", "llama.rope.scaling.factor": 4.0}, None),
+        ({"llama.rope.scaling.type": "linear"}, None),
+        ({"llama.rope.scaling.factor": 0.0}, None),
+        ({"llama.rope.scaling.factor": 4.0}, Linear(4.0)),
+        ({"llama.rope.scale_linear": 4.0}, Linear(4.0)),
+        ({"llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 4.0}, Linear(4.0)),
+        (YARN, Yarn(4.0, 512, 0.1 * math.log(4.0) + 1.0)),
+        (
+            {**YARN, "llama.rope.scaling.attn_factor": 0.5},
+            Yarn(4.0, 512, 0.05 * math.log(4.0) + 0.5),
+        ),
+        ({**YARN, "llama.rope.scaling.yarn_attn_factor": 1.5}, Yarn(4.0, 512, 1.5)),
+        ({**YARN, "llama.rope.scaling.yarn_ext_factor": -1.0}, Yarn(4.0, 512, PAPER)),
+        ({**YARN, "llama.rope.scaling.original_context_length": 64}, Yarn(4.0, 64, PAPER)),
+        (
+            {
+                **YARN,
+                "llama.rope.scaling.yarn_beta_fast": 16.0,
+                "llama.rope.scaling.yarn_beta_slow": 2.0,
+            },
+            Yarn(4.0, 512, PAPER, 16.0, 2.0),
+        ),
+        ({**YARN, "llama.rope.scaling.factor": 1.0}, Yarn(1.0, 512, 1.0)),
+    ],
+)
+def test_scaled_rotary_positions_are_read(metadata: dict[str, Any], scaling: Any) -> None:
+    assert LlamaConfig.from_json(config(metadata)).rope.scaling == scaling
+
+
+def with_factors(path: Path, kind: str, size: int, metadata: dict[str, Any]) -> dict[str, Any]:
+    """Read the configuration of a file whose factors of 8 rotary pairs are at *path*."""
+    tensor = TensorInfo("rope_freqs.weight", (size,), kind, path, 4, 4 * size)
+    return config_of(GGUFFile(path, {**METADATA, **metadata}, {tensor.name: tensor}))
+
+
+def test_rotary_positions_may_have_a_factor_for_each_pair(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(struct.pack("<9f", 7, *range(1, 9)))
+
+    found = with_factors(tmp_path / "a", "F32", 8, {"llama.rope.scaling.type": "linear"})
+
+    expected = Factors((1.0, 2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0))
+    assert LlamaConfig.from_json(found).rope.scaling == expected
+
+
+def test_factors_of_rotary_pairs_and_another_scaling_are_refused(tmp_path: Path) -> None:
+    (tmp_path / "a").write_bytes(struct.pack("<9f", 7, *range(1, 9)))
+
+    with pytest.raises(ValueError, match="'yarn with factors'"):
+        LlamaConfig.from_json(with_factors(tmp_path / "a", "F32", 8, YARN))
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "says"),
+    [
+        ("F16", 8, "no vector of at most"),
+        ("F32", 1 << 20, "no vector of at most"),
+        ("F32", 10, "the file ended within 'rope_freqs.weight'"),
+        ("F32", 7, "the factors of 8 rotary pairs are"),
+    ],
+)
+def test_factors_that_are_none_are_refused(tmp_path: Path, kind: str, size: int, says: str) -> None:
+    (tmp_path / "a").write_bytes(struct.pack("<9f", 7, *range(1, 9)))
+
+    with pytest.raises(ValueError, match=says):
+        LlamaConfig.from_json(with_factors(tmp_path / "a", kind, size, {}))
+
+
+def test_factors_in_a_file_that_is_gone_are_an_error(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="cannot be read"):
+        with_factors(tmp_path / "gone", "F32", 8, {})
+
+
+MIXTURE = {
+    **{key.replace("llama.", "qwen3moe."): value for key, value in METADATA.items()},
+    "general.architecture": "qwen3moe",
+    "qwen3moe.expert_count": 8,
+    "qwen3moe.expert_used_count": 3,
+    "qwen3moe.expert_feed_forward_length": 24,
+}
+
+
+def test_a_mixture_in_a_gguf_file_is_one_of_config_json() -> None:
+    found = config_of(GGUFFile(Path("a.gguf"), MIXTURE, {}))
+
+    read = registry.ARCHITECTURES["qwen3_moe"].config(found)
+
+    assert found["model_type"] == "qwen3_moe"
+    assert read.mixture == MixtureShape(8, 3, 24, is_normalised=True)
+    assert (read.intermediate_size, read.dense_layers) == (96, frozenset())
+
+
+def test_a_mixture_need_not_say_how_large_a_dense_layer_would_be() -> None:
+    metadata = {**MIXTURE, "qwen3moe.feed_forward_length": None}
+
+    assert config_of(GGUFFile(Path("a.gguf"), metadata, {}))["intermediate_size"] == 24
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "says"),
+    [
+        ("expert_used_count", None, "qwen3moe.expert_used_count is missing"),
+        ("expert_feed_forward_length", None, "expert_feed_forward_length is missing"),
+        ("expert_count", "eight", "expert_count is 'eight'"),
+        ("expert_used_count", 9, "9 experts per token, but there are only 8"),
+        ("expert_gating_func", 2, "gating function 2"),
+        ("expert_weights_scale", 2.5, "routed_scaling_factor = 2.5"),
+        ("expert_shared_feed_forward_length", 1.5, "expert_shared_feed_forward_length is 1.5"),
+    ],
+)
+def test_a_mixture_that_is_another_is_refused(key: str, value: Any, says: str) -> None:
+    metadata = {**MIXTURE, f"qwen3moe.{key}": value}
+
+    with pytest.raises(ValueError, match=says):
+        registry.ARCHITECTURES["qwen3_moe"].config(
+            config_of(GGUFFile(Path("a.gguf"), metadata, {}))
+        )
+
+
+def test_the_gate_of_a_shared_expert_is_a_matrix_of_one_row(tmp_path: Path) -> None:
+    writer = gguf.GGUFWriter(tmp_path / "a.gguf", "mamba")
+    for name, shape in {"ffn_gate_inp_shexp": 64, "ffn_gate_inp": (4, 64), "ffn_norm": 64}.items():
+        writer.add_tensor(f"blk.0.{name}.weight", np.zeros(shape, np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+    tensors = Checkpoint.open(tmp_path / "a.gguf").tensors
+
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    assert shapes == {
+        "blk.0.ffn_gate_inp_shexp.weight": (1, 64),
+        "blk.0.ffn_gate_inp.weight": (4, 64),
+        "blk.0.ffn_norm.weight": (64,),
+    }
 
 
 def test_of_another_architecture_only_the_name_is_known() -> None:
@@ -288,7 +436,7 @@ def test_another_model_type_does_not_pass_the_check(tmp_path: Path) -> None:
 def test_a_quantisation_without_kernels_does_not_pass_the_check(tmp_path: Path) -> None:
     writer = gguf.GGUFWriter(tmp_path / "a.gguf", "llama")
     writer.add_tensor(
-        "output.weight", np.zeros((1, 144), np.uint8), raw_dtype=gguf.GGMLQuantizationType.Q4_K
+        "output.weight", np.zeros((1, 110), np.uint8), raw_dtype=gguf.GGMLQuantizationType.IQ3_S
     )
     for key, value in METADATA.items():
         if isinstance(value, int):
@@ -299,7 +447,7 @@ def test_a_quantisation_without_kernels_does_not_pass_the_check(tmp_path: Path) 
     writer.write_tensors_to_file()
     writer.close()
 
-    with pytest.raises(CheckpointError, match=r"'output.weight' is stored as Q4_K"):
+    with pytest.raises(CheckpointError, match=r"'output.weight' is stored as IQ3_S"):
         Checkpoint.open(tmp_path / "a.gguf").check_supported()
 
 

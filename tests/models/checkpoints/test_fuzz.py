@@ -91,7 +91,7 @@ def header_bytes(path: Path) -> int:
 
 def test_what_is_not_damaged_loads(gguf_file: Path, directory: Path, sharded: Path) -> None:
     for path in (gguf_file, directory, sharded):
-        assert loaded(path).num_layers == 1
+        assert loaded(path).caches.layers == 1
 
 
 def test_a_gguf_file_cut_anywhere_in_its_header_is_refused(gguf_file: Path, tmp_path: Path) -> None:

@@ -87,14 +87,14 @@ def test_loading_leaves_no_file_open(sharded: Path) -> None:
 def test_a_snapshot_of_a_hub_cache_is_read_through_its_links(sharded: Path, tmp_path: Path) -> None:
     snapshot = hub_snapshot(sharded, tmp_path / "models--tiny")
 
-    assert loaded(snapshot).num_layers == 3
+    assert loaded(snapshot).caches.layers == 3
 
 
 def test_a_snapshot_reached_through_a_link_is_read(sharded: Path, tmp_path: Path) -> None:
     snapshot = hub_snapshot(sharded, tmp_path / "models--tiny")
     (tmp_path / "here").symlink_to(snapshot)
 
-    assert loaded(tmp_path / "here").num_layers == 3
+    assert loaded(tmp_path / "here").caches.layers == 3
 
 
 def test_a_link_within_the_directory_is_followed(sharded: Path) -> None:
@@ -102,7 +102,7 @@ def test_a_link_within_the_directory_is_followed(sharded: Path) -> None:
     first.rename(sharded / "stored")
     first.symlink_to("stored")
 
-    assert loaded(sharded).num_layers == 3
+    assert loaded(sharded).caches.layers == 3
 
 
 def test_the_single_file_is_preferred_as_transformers_does(sharded: Path) -> None:

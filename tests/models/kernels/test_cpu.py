@@ -16,19 +16,8 @@ from torch import Tensor
 
 from cortex.models.batch import Batch, KVCache
 from cortex.models.kernels import compiler, cpu, ops, reference
-from cortex.models.quantization import DENSE, STORED, Part, row_bytes
-
-
-def random_part(kind: str, rows: int, columns: int) -> Part:
-    data = torch.randint(0, 256, (rows, row_bytes(kind, columns)), dtype=torch.uint8)
-    if kind in DENSE:
-        dtype = DENSE[kind]
-        return Part(kind, torch.randn(rows, columns).to(dtype).view(torch.uint8))
-    blocks = data.view(rows, -1, STORED[kind].block_bytes)
-    fields = 2 if kind in ("Q4_1", "Q5_1") else 1
-    scales = (torch.randn(rows, blocks.size(1), fields) / 16).to(torch.float16)
-    blocks[:, :, : 2 * fields] = scales.view(torch.uint8)
-    return Part(kind, data)
+from cortex.models.quantization import DENSE, Part
+from random_blocks import PACKED, columns_of, random_part
 
 
 def sequences(
@@ -68,10 +57,11 @@ def sequences(
 
 @pytest.mark.parametrize("kind", cpu.KINDS)
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 5, 9, 33])
-@pytest.mark.parametrize(("outputs", "columns"), [(64, 96), (37, 32), (1, 128)])
+@pytest.mark.parametrize(("outputs", "blocks"), [(64, 3), (37, 1), (1, 4)])
 def test_linear_agrees(
-    kernels: cpu.CpuKernels, kind: str, rows: int, outputs: int, columns: int
+    kernels: cpu.CpuKernels, kind: str, rows: int, outputs: int, blocks: int
 ) -> None:
+    columns = columns_of(kind, blocks)
     part, x = random_part(kind, outputs, columns), torch.randn(rows, columns)
 
     y = kernels.linear(x, [part])
@@ -104,7 +94,8 @@ def test_parts_of_several_types_lie_side_by_side(kernels: cpu.CpuKernels) -> Non
 def test_a_row_times_a_matrix_does_not_depend_on_its_neighbours(
     kernels: cpu.CpuKernels, kind: str
 ) -> None:
-    part, x = random_part(kind, 50, 64), torch.randn(21, 64)
+    columns = columns_of(kind, 2)
+    part, x = random_part(kind, 50, columns), torch.randn(21, columns)
     alone = torch.cat([kernels.linear(row[None], [part]) for row in x])
 
     for rows in range(1, 22):
@@ -121,7 +112,7 @@ def test_an_output_does_not_depend_on_the_others(kernels: cpu.CpuKernels) -> Non
 
 @pytest.mark.parametrize("kind", cpu.KINDS)
 def test_rows_agree(kernels: cpu.CpuKernels, kind: str) -> None:
-    part, ids = random_part(kind, 9, 64), torch.tensor([8, 0, 3, 3])
+    part, ids = random_part(kind, 9, columns_of(kind, 2)), torch.tensor([8, 0, 3, 3])
 
     assert torch.equal(kernels.rows(part, ids), reference.rows(part, ids))
 
@@ -377,9 +368,9 @@ def test_plain_torch_unpacks_a_large_matrix_in_pieces(monkeypatch: pytest.Monkey
     part, x = random_part("Q4_1", 50, 64), torch.randn(3, 64)
     whole, unpack, unpacked = reference.linear(x, [part]), reference.dequantize, list[int]()
 
-    def counting(kind: str, data: Tensor) -> Tensor:
+    def counting(kind: str, data: Tensor, *, is_planar: bool) -> Tensor:
         unpacked.append(len(data))
-        return unpack(kind, data)
+        return unpack(kind, data, is_planar=is_planar)
 
     monkeypatch.setattr(reference, "dequantize", counting)
     monkeypatch.setattr(reference, "UNPACKED_AT_ONCE", 7 * 64)
@@ -400,15 +391,13 @@ def test_no_memory_is_an_error(
         kernels.linear(torch.ones(1, 32), [part])
 
 
-QUANTISED = [kind for kind in cpu.KINDS if kind not in DENSE]
-
-
-@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("kind", PACKED)
 @pytest.mark.parametrize("rows", [0, 1, 2, 3, 4, 5, 9, 33])
-@pytest.mark.parametrize(("outputs", "columns"), [(64, 96), (37, 32), (1, 128)])
+@pytest.mark.parametrize(("outputs", "blocks"), [(64, 3), (37, 1), (1, 4)])
 def test_a_product_with_tiles_agrees(
-    kernels: cpu.CpuKernels, kind: str, rows: int, outputs: int, columns: int
+    kernels: cpu.CpuKernels, kind: str, rows: int, outputs: int, blocks: int
 ) -> None:
+    columns = columns_of(kind, blocks)
     part, x = random_part(kind, outputs, columns), torch.randn(rows, columns)
 
     y = kernels.linear(x, [kernels.tile(part)])
@@ -418,36 +407,85 @@ def test_a_product_with_tiles_agrees(
     assert ((y - exact).abs() <= 5e-5 * size + 1e-12).all()
 
 
-@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("kind", PACKED)
 def test_a_row_times_tiles_does_not_depend_on_the_other_rows(
     kernels: cpu.CpuKernels, kind: str
 ) -> None:
-    part, x = kernels.tile(random_part(kind, 50, 96)), torch.randn(21, 96)
+    columns = columns_of(kind, 3)
+    part, x = kernels.tile(random_part(kind, 50, columns)), torch.randn(21, columns)
     alone = torch.cat([kernels.linear(row[None], [part]) for row in x])
 
     for rows in (2, 3, 4, 5, 8, 9, 21):
         assert torch.equal(kernels.linear(x[:rows], [part]), alone[:rows])
 
 
-@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("kind", PACKED)
 def test_rows_of_tiles_are_those_of_the_file(kernels: cpu.CpuKernels, kind: str) -> None:
-    part, ids = random_part(kind, 37, 96), torch.tensor([0, 36, 15, 16, 36])
+    part, ids = random_part(kind, 37, columns_of(kind, 3)), torch.tensor([0, 36, 15, 16, 36])
 
     assert torch.equal(kernels.rows(kernels.tile(part), ids), reference.rows(part, ids))
     with pytest.raises(IndexError):
         kernels.rows(kernels.tile(part), torch.tensor([37]))
 
 
-@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("kind", PACKED)
 def test_tiles_take_no_more_memory_than_whole_tiles_of_rows(
     kernels: cpu.CpuKernels, kind: str
 ) -> None:
-    part = random_part(kind, 33, 64)
+    part = random_part(kind, 33, columns_of(kind, 2))
 
     tiled = kernels.tile(part)
 
     assert tiled.data.numel() == part.data.numel() // 33 * 48
-    assert (tiled.rows, tiled.columns) == (33, 64)
+    assert (tiled.rows, tiled.columns) == (33, columns_of(kind, 2))
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_a_product_with_tiles_does_not_depend_on_the_threads(
+    kernels: cpu.CpuKernels, kind: str
+) -> None:
+    columns = columns_of(kind, 1)
+    part, x = kernels.tile(random_part(kind, 200, columns)), torch.randn(11, columns)
+    with torch_threads(1):
+        alone = kernels.linear(x, [part])
+
+    for threads in (2, 5):
+        with torch_threads(threads):
+            assert torch.equal(kernels.linear(x, [part]), alone)
+
+
+def test_tiled_parts_of_several_types_lie_side_by_side(kernels: cpu.CpuKernels) -> None:
+    x = torch.randn(5, 512)
+    parts = [random_part(kind, 5 + index, 512) for index, kind in enumerate(PACKED)]
+    tiled = [kernels.tile(part) for part in parts]
+
+    y = kernels.linear(x, tiled)
+
+    alone = [kernels.linear(x, [part]) for part in tiled]
+    assert torch.equal(y, torch.cat(alone, dim=1))
+    torch.testing.assert_close(y, reference.linear(x, parts), rtol=1e-3, atol=1e-3)
+
+
+def test_a_float8_that_is_no_number_makes_its_output_none(kernels: cpu.CpuKernels) -> None:
+    part, x = random_part("FP8", 20, 256), torch.randn(3, 256)
+    part.data[7, 132 + 4 + 50] = 0xFF
+
+    for form in (part, kernels.tile(part)):
+        y = kernels.linear(x, [form])
+        assert y[:, 7].isnan().all()
+        assert y[:, [n for n in range(20) if n != 7]].isfinite().all()
+        row = kernels.rows(form, torch.tensor([7]))[0]
+        assert row[128 + 50].isnan()
+        assert row[:128].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", PACKED)
+def test_blocks_of_zeros_give_zero(kernels: cpu.CpuKernels, kind: str) -> None:
+    part = random_part(kind, 20, columns_of(kind, 2))
+    part.data.zero_()
+
+    for form in (part, kernels.tile(part)):
+        assert (kernels.linear(torch.randn(3, part.columns), [form]) == 0).all()
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf, -torch.inf])
@@ -494,11 +532,12 @@ def test_without_kernels_one_warning_says_what_is_lost(
     assert "no C compiler is installed" in record.message
 
 
-@pytest.mark.parametrize("kind", QUANTISED)
+@pytest.mark.parametrize("kind", PACKED)
 def test_older_cpus_compute_the_same(
     kernels: cpu.CpuKernels, other_kernels: dict[str, cpu.CpuKernels], kind: str
 ) -> None:
-    part, x = random_part(kind, 50, 96), torch.randn(9, 96)
+    columns = columns_of(kind, 3)
+    part, x = random_part(kind, 50, columns), torch.randn(9, columns)
     expected = kernels.linear(x, [kernels.tile(part)])
 
     for name, other in other_kernels.items():
@@ -513,7 +552,9 @@ def test_older_cpus_compute_the_same(
 def test_older_cpus_read_and_multiply_with_every_format(
     other_kernels: dict[str, cpu.CpuKernels], kind: str
 ) -> None:
-    part, ids, x = random_part(kind, 37, 96), torch.tensor([36, 0, 15, 16]), torch.randn(9, 96)
+    columns = columns_of(kind, 3)
+    part, x = random_part(kind, 37, columns), torch.randn(9, columns)
+    ids = torch.tensor([36, 0, 15, 16])
     exact = x.double() @ reference.rows(part, torch.arange(37)).double().T
     size = x.double().abs() @ reference.rows(part, torch.arange(37)).double().abs().T
 

@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import importlib
 import logging
+from collections.abc import Sequence
 from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 import triton_cases
 from cortex.models.execution import Execution
 from cortex.models.kernels import cuda, ops, reference
 from cortex.models.kernels.cuda import CudaKernels
 from cortex.models.kernels.cuda_attention import Shape, trial_step
+from cortex.models.kernels.planes import planar
 from cortex.models.quantization import Part
 from interpreted import Interpreted
+from quantized_cases import random_experts, random_part
 
 GIVEN_BACK = "CORTEX_REFERENCE_OPERATIONS"
 OPERATIONS = {
@@ -72,7 +76,9 @@ def test_the_environment_names_what_is_given_back() -> None:
     assert cuda._given_back({}) == frozenset()
     assert cuda._given_back({GIVEN_BACK: ""}) == frozenset()
     assert cuda._given_back({GIVEN_BACK: "rms_norm,add_bias"}) == {"rms_norm", "add_bias"}
-    with pytest.raises(ValueError, match="softmax is none of add_bias, rms_norm"):
+    with pytest.raises(
+        ValueError, match=r"softmax is none of add_bias, .*experts, .*quantized_linear, .*route, "
+    ):
         cuda._given_back({GIVEN_BACK: "softmax"})
 
 
@@ -112,6 +118,56 @@ def test_a_product_is_torchs_unless_it_must_not_know_the_batch() -> None:
 
 def test_a_batch_invariant_product_has_parts_of_several_types(interpreted: Interpreted) -> None:
     assert interpreted(triton_cases.mixed_product_difference) < 1e-4
+
+
+@pytest.mark.parametrize(
+    "kernels", [CudaKernels(None), CudaKernels(object(), cuda.TRITON_OPERATIONS)]
+)
+def test_packed_weights_that_no_kernel_serves_are_the_references(kernels: CudaKernels) -> None:
+    stored, packed = random_experts(("Q4_0",) * 3, experts=3, hidden=32, inner=64)
+    (plain,), (packed_gate,) = stored["gate"].parts, packed["gate"].parts
+    x, logits, ids = torch.randn(4, 32), torch.randn(4, 3), torch.tensor([5, 0])
+
+    found, weights = kernels.route(logits, 2, is_normalised=True)
+
+    assert torch.equal(found, reference.route(logits, 2, is_normalised=True)[0])
+    assert torch.equal(kernels.linear(x, [packed_gate]), reference.linear(x, [plain]))
+    assert torch.equal(kernels.rows(packed_gate, ids), reference.rows(plain, ids))
+    share = kernels.rows_of_share(packed_gate, ids, 3, 300)
+    assert torch.equal(share, reference.rows_of_share(plain, ids, 3, 300))
+    expected = reference.experts(x, found, weights, **stored)
+    assert torch.equal(kernels.experts(x, found, weights, **packed), expected)
+
+
+def test_experts_whose_gate_and_up_are_of_two_types_are_the_references() -> None:
+    stored, packed = random_experts(("Q4_0", "Q8_0", "Q4_0"), experts=3, hidden=32, inner=64)
+    x = torch.randn(4, 32)
+    ids, weights = reference.route(torch.randn(4, 3), 2, is_normalised=True)
+
+    found = CudaKernels(object()).experts(x, ids, weights, **packed)
+
+    assert torch.equal(found, reference.experts(x, ids, weights, **stored))
+
+
+def test_products_are_prepared_once_for_each_shape_and_every_number_of_rows(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    asked = []
+
+    class Kernels(CudaKernels):
+        def linear(self, x: Tensor, parts: Sequence[Part], **_: bool) -> Tensor:
+            asked.append((parts[0].kind, parts[0].rows, *x.shape))
+            return x
+
+    monkeypatch.setattr(cuda, "kernels", lambda: Kernels(object()))
+    monkeypatch.setattr(cuda, "PREPARED_ROWS", 6)
+    large, small = (planar(random_part("Q4_0", rows, 32)) for rows in (9, 5))
+    dense = random_part("F32", 9, 32)
+
+    cuda.prepare_products([large, dense, small, large], torch.float32, is_batch_invariant=False)
+
+    rows = (1, 2, 17, 65, 256)
+    assert asked == [("Q4_0", n, m, 32) for n in (6, 5) for m in rows]
 
 
 @pytest.mark.parametrize("is_batch_invariant", [False, True])

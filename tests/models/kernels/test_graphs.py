@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cortex.models.batch import Batch, KVCache
 from cortex.models.kernels.graphs import DecodeGraphs, buckets
-from cortex.models.weights import LoadedModel
+from cortex.models.loaded_model import LoadedModel
 from fake_capture import FakeCapture
 from tiny_models import Player, loaded, saved_model, some_tokens
 

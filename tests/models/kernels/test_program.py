@@ -16,8 +16,8 @@ from cortex.models.kernels import cpu, ops
 from cortex.models.kernels.op import OPERATIONS
 from cortex.models.kernels.program import Program
 from cortex.models.layers import RMSNorm
+from cortex.models.loaded_model import LoadedModel
 from cortex.models.quantization import Matrix
-from cortex.models.weights import LoadedModel
 from tiny_models import Player, loaded, random_llama, random_model, some_tokens, write_gguf
 
 
@@ -59,7 +59,7 @@ def test_a_recording_gives_the_bits_of_the_model(model: LoadedModel) -> None:
             assert torch.equal(expected[name], found[name])
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3"])
+@pytest.mark.parametrize("architecture", ["llama", "qwen2", "qwen3", "qwen3_moe"])
 def test_every_architecture_can_be_recorded(
     tmp_path: Path, architecture: str, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -24,5 +24,9 @@ def test_the_kernels_compile_and_fit_a_small_gpu(tmp_path: Path, capability: int
     assert set(taken) == {
         *("_attend", "_merge", "_linear"),
         *("_rms_norm", "_silu_multiply", "_add_bias", "_rotate_and_store"),
+        *("_convolve", "_keep", "_recurrent", "_solve_chunks", "_pass_chunks"),
+        *("_gated_rms_norm", "_sigmoid_multiply"),
+        *("_vector", "_tiles", "_add_up", "_unpack", "_route", "_add_choices"),
+        *("_gate_up_of_pairs", "_down_of_pairs", "_gate_up_of_tiles", "_down_of_tiles"),
     }
     assert max(taken.values()) <= SHARED_MEMORY_BYTES

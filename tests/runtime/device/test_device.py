@@ -17,11 +17,15 @@ from cortex.ipc.messages import (
     Bye,
     CacheCleared,
     Cancel,
+    CheckCollective,
     ClearPrefixCache,
     Embedded,
     Failed,
     Footprint,
     Generate,
+    GroupLeft,
+    JoinGroup,
+    LeaveGroup,
     LoadModel,
     MemoryReport,
     ModelLoaded,
@@ -33,9 +37,12 @@ from cortex.ipc.messages import (
     Shutdown,
     UnloadModel,
 )
+from cortex.ipc.plan_ring import PlanRing
+from cortex.ipc.post import Letters, Post
 from cortex.ipc.ring import Flag
 from cortex.ipc.taps import Tap
 from cortex.runtime.device.device import EXIT_DEVICE_LOST, EXIT_INTERNAL_ERROR, EXIT_OK
+from cortex.runtime.device.refusal import PeerLost
 from engine_fakes import (
     DeviceBench,
     FakeLoad,
@@ -578,3 +585,43 @@ def test_a_load_beats_for_itself(bench: DeviceBench, load: FakeLoad) -> None:
     bench.run_until(lambda: bench.loader_beats[-1:] == [Activity.IDLE])
 
     assert bench.loader_beats[:-1].count(Activity.LOADING) >= 4
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        JoinGroup(900, "g", rank=0, ranks=2, meeting="/"),
+        CheckCollective(900, "g"),
+        LoadModel(900, "m", "/m", group="g"),
+    ],
+)
+def test_a_group_that_was_not_joined_is_refused(
+    bench: DeviceBench, command: JoinGroup | CheckCollective | LoadModel
+) -> None:
+    assert code_of(bench.ask(command)) == "group_failed"
+
+
+def test_a_group_that_nobody_joined_can_be_left(bench: DeviceBench) -> None:
+    assert bench.ask(LeaveGroup(900, "g")) == GroupLeft(900, "g")
+
+
+def test_a_meeting_that_is_not_there_is_refused(load: FakeLoad, tmp_path: Path) -> None:
+    post, ring = Post(), PlanRing(1)
+    letters = Letters(post.letters)
+    bench = DeviceBench(load, letters=letters)
+    post.send("g", ring.descriptors(1))
+
+    refused = bench.ask(JoinGroup(900, "g", rank=1, ranks=2, meeting=str(tmp_path / "gone")))
+
+    assert code_of(refused) == "group_failed"
+    for end in (bench, letters, post, ring):
+        end.close()
+
+
+def test_the_loss_of_a_peer_is_said_by_its_name(load: FakeLoad, serving: DeviceBench) -> None:
+    serving.generate(1, [1])
+    load.models["/m"].module.errors = [PeerLost("rank 1 is gone")]
+
+    assert serving.device.serve() == EXIT_DEVICE_LOST
+
+    assert last_failure(serving) == Failed("peer_lost", "rank 1 is gone", fatal=True)

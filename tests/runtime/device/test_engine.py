@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from cortex.ipc.engine_options import EngineOptions
 from cortex.ipc.messages import ReasoningBudget, SamplingParams
 from cortex.ipc.ring import Flag, TokenRecord
+from cortex.models.batch import CacheShape
 from cortex.runtime.device.model_runner import kv_bytes_per_token
 from cortex.runtime.device.refusal import DeviceLost, Refused
 from engine_fakes import UNHEALTHY_TOKEN, VOCABULARY, FakeModel, answer, greedy
@@ -318,6 +319,6 @@ def test_a_fault_of_the_device_is_no_fault_of_a_sequence(error: Exception) -> No
 
 
 def test_the_cache_of_a_token_is_keys_and_values_of_all_layers() -> None:
-    model = FakeModel(num_layers=30, num_kv_heads=3, head_dim=64, kv_dtype=torch.bfloat16)
+    model = FakeModel(caches=CacheShape(30, 3, 64), kv_dtype=torch.bfloat16)
 
     assert kv_bytes_per_token(model) == 2 * 30 * 3 * 64 * 2

@@ -8,7 +8,7 @@ import torch
 
 from cortex.ipc.messages import Embed, Embedded, Generate, ReasoningBudget, SamplingParams
 from cortex.models.checkpoints.pooling import Pooling
-from cortex.models.weights import LoadedModel
+from cortex.models.loaded_model import LoadedModel
 from cortex.runtime.device.engine import Engine
 from cortex.runtime.device.memory import Limits
 from cortex.runtime.device.model_runner import BLOCK_TOKENS, ModelRunner

@@ -23,6 +23,7 @@ from cortex.ipc.engine_options import EngineOptions
 from cortex.ipc.messages import Failed, ReasoningBudget, SamplingParams
 from cortex.models.checkpoints.pooling import Pooling
 from cortex.runtime.device.refusal import Refused
+from cortex.runtime.device.sequence_states import RecurrentStates
 from engine_fakes import UNHEALTHY_TOKEN, answer, vector
 from engine_run import Run
 
@@ -52,6 +53,7 @@ class EngineMachine(RuleBasedStateMachine):
         budget=st.integers(1, 24),
         context=st.integers(20, 100),
         runs_ahead=st.booleans(),
+        snapshots=st.none() | st.integers(0, 3),
         options=st.builds(EngineOptions, prefix_cache=st.booleans(), speculation=st.booleans()),
     )
     def begin(self, runs_ahead: bool, **bounds: Any) -> None:
@@ -124,6 +126,9 @@ class EngineMachine(RuleBasedStateMachine):
         taken = {block for sequence in scheduler.running for block in sequence.blocks}
         assert pool.free + len(taken) == pool.total
         assert all(not sequence.blocks for sequence in scheduler.waiting)
+        states = scheduler._states
+        if isinstance(states, RecurrentStates):
+            assert states.pool.free + len(scheduler.running) == states.pool.total
 
     @invariant()
     def sums_are_kept_of_embeddings_that_run_and_of_no_others(self) -> None:

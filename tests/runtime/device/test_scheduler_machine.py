@@ -2,6 +2,7 @@
 
 The steps that are planned are run by a plain memory: each token is written where the plan's block
 table says, and what a sequence is about to be continued from has to be all there, in its place.
+Of a model with recurrent states each slot holds the tokens that were applied to it, one by one.
 """
 
 from __future__ import annotations
@@ -25,11 +26,15 @@ from cortex.runtime.device.block_pool import BlockPool, block_key
 from cortex.runtime.device.drafts import Costs
 from cortex.runtime.device.scheduler import SCORED_ROWS, Scheduler
 from cortex.runtime.device.sequence import NO_ANSWER, UNKNOWN, Sequence
+from cortex.runtime.device.sequence_states import RecurrentStates
+from cortex.runtime.device.state_pool import StatePool
 from cortex.runtime.device.step_plan import PlannedSequence, StepPlan
 
 BLOCK_TOKENS = 4
 CONTEXT_TOKENS = 150
 CHEAP = Costs(0.0, 0.05)
+BROKEN = [-1]
+"""What a state is after a step that failed half-way."""
 MOST_STEPS = 1_000
 """Of a sequence, those included that it waits for one other."""
 
@@ -66,6 +71,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         runs_ahead=st.booleans(),
         keeps_prefixes=st.booleans(),
         drafts=st.booleans(),
+        snapshots=st.none() | st.integers(0, 4),
+        interval_blocks=st.integers(1, 6),
     )
     def begin(
         self,
@@ -76,7 +83,18 @@ class SchedulerMachine(RuleBasedStateMachine):
         runs_ahead: bool,
         keeps_prefixes: bool,
         drafts: bool,
+        snapshots: int | None,
+        interval_blocks: int,
     ) -> None:
+        self.states: RecurrentStates | None = None
+        if snapshots is not None:
+            self.states = RecurrentStates(
+                StatePool(seats + snapshots),
+                BLOCK_TOKENS,
+                special_ids=frozenset({1}),
+                keeps_prefixes=keeps_prefixes,
+                interval_tokens=interval_blocks * BLOCK_TOKENS,
+            )
         self.scheduler = Scheduler(
             BlockPool(blocks, BLOCK_TOKENS),
             max_sequences=seats,
@@ -84,10 +102,13 @@ class SchedulerMachine(RuleBasedStateMachine):
             token_budget=budget,
             keeps_prefixes=keeps_prefixes,
             draft_costs=CHEAP if drafts else None,
+            states=self.states,
         )
         self.runs_ahead = runs_ahead
         self.memory: dict[tuple[int, int], int] = {}
         self.contents: dict[bytes, list[int]] = {}  # of a block that is known by a key
+        self.slots: dict[int, list[int]] = {}  # the tokens that each state has seen
+        self.heads: dict[bytes, list[int]] = {}  # the tokens up to the end of a known block
         self.flight: StepPlan | None = None
         self.open: dict[int, Asked] = {}
         self.numbers = 0
@@ -128,8 +149,22 @@ class SchedulerMachine(RuleBasedStateMachine):
 
     @rule()
     def clear(self) -> None:
-        self.scheduler.pool.clear()
+        self.scheduler.clear_prefixes()
         assert not self.scheduler.pool.cached
+        assert self.states is None or not self.states.pool.snapshots
+
+    @precondition(lambda self: self.open)
+    @rule()
+    def step_that_fails(self) -> None:
+        if self.scheduler.has_to_know:
+            self._land()
+        plan = self._planned()
+        for slot in [target for _, target in (*plan.restores, *plan.snapshots)]:
+            self.slots[slot] = BROKEN
+        for planned in plan.sequences:
+            self.slots[planned.state_slot] = BROKEN
+        self.scheduler.give_up()
+        self._land()
 
     @precondition(lambda self: self.open)
     @rule(steps=st.integers(1, 8))
@@ -147,6 +182,22 @@ class SchedulerMachine(RuleBasedStateMachine):
         assert scheduler.pool.free + len(set(owned)) == scheduler.pool.total
         assert not any(sequence.blocks for sequence in scheduler.waiting)
         assert len(scheduler.running) <= scheduler.max_sequences
+
+    @invariant()
+    def no_slot_is_lost(self) -> None:
+        states = getattr(self, "states", None)
+        if states is None:
+            return
+        owned = [sequence.state_slot for sequence in self.scheduler.running]
+        assert states.pool.free + len(set(owned)) == states.pool.total
+        assert len(set(owned)) == len(owned)
+        assert all(sequence.state_slot is None for sequence in self.scheduler.waiting)
+
+    @invariant()
+    def a_snapshot_has_seen_what_its_key_says(self) -> None:
+        states = getattr(self, "states", None)
+        for key, slot in states.pool._slot_of.items() if states else []:
+            assert self.slots[slot] == self.heads[key]
 
     @invariant()
     def a_known_block_holds_what_its_key_says(self) -> None:
@@ -220,6 +271,13 @@ class SchedulerMachine(RuleBasedStateMachine):
         """Do what the device does: put each token of *plan* where it belongs."""
         for planned in plan.generations.sequences:
             self._note_contents(self.open[planned.sequence_id].sequence.tokens)
+        self._copy(plan.restores)
+        for planned in plan.sequences if self.states else []:
+            seen = self.slots[planned.state_slot] if planned.first_position else []
+            text = self._text_of(planned)
+            assert seen == text[: planned.first_position], "its state is the one to continue"
+            self.slots[planned.state_slot] = text
+        self._copy(plan.snapshots)
         for planned in plan.sequences:
             text = self._text_of(planned)
             for at, token in enumerate(text[planned.first_position :], planned.first_position):
@@ -228,11 +286,17 @@ class SchedulerMachine(RuleBasedStateMachine):
             held = [self.memory.get(self._place(planned, at)) for at in range(planned.end_position)]
             assert held == self._text_of(planned), "what it is continued from is all there"
 
+    def _copy(self, pairs: list[tuple[int, int]]) -> None:
+        targets = [target for _, target in pairs]
+        assert len(set(targets)) == len(targets)
+        self.slots |= {target: self.slots[source] for source, target in pairs}
+
     def _note_contents(self, tokens: list[int]) -> None:
         key = b""
         for at in range(0, len(tokens) - BLOCK_TOKENS + 1, BLOCK_TOKENS):
             key = block_key(key, tokens[at : at + BLOCK_TOKENS])
             self.contents[key] = tokens[at : at + BLOCK_TOKENS]
+            self.heads[key] = tokens[: at + BLOCK_TOKENS]
 
     def _text_of(self, planned: PlannedSequence) -> list[int]:
         """Return all tokens up to the end of what is planned; check the plan's own."""
@@ -290,10 +354,13 @@ class SchedulerMachine(RuleBasedStateMachine):
                 return
 
     def _fail(self, asked: Asked) -> None:
+        # A scored prompt may fail before its end.
+        computed = asked.sequence.computed // BLOCK_TOKENS
         self.scheduler.end(asked.sequence.id, is_healthy=False)
         del self.open[asked.sequence.id]
-        keys = set(asked.sequence.keys(len(asked.prompt) // BLOCK_TOKENS, BLOCK_TOKENS))
+        keys = set(asked.sequence.keys(computed, BLOCK_TOKENS))
         assert not keys & set(self.scheduler.pool._block_of), "nobody finds what it computed"
+        assert self.states is None or not any(key in self.states.pool for key in keys)
 
 
 TestSchedulerMachine = SchedulerMachine.TestCase
