@@ -83,10 +83,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, hidden_size: int, intermediate_size: int, group: Group = ALONE) -> None:
         super().__init__()
-        self.gate_up_proj = ColumnParallel(
-            hidden_size, intermediate_size, intermediate_size, group=group
-        )
-        self.down_proj = RowParallel(intermediate_size, hidden_size, group=group)
+        inner = group.inner(intermediate_size)
+        self.gate_up_proj = ColumnParallel(hidden_size, inner, inner, group=group)
+        self.down_proj = RowParallel(inner, hidden_size, group=group)
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, H] -> [T, H]."""

@@ -64,7 +64,7 @@ class Experts(nn.Module):
 
     def __init__(self, hidden_size: int, shape: MixtureShape, group: Group) -> None:
         super().__init__()
-        inner, hidden = group.share(shape.expert_size), Cut.whole(hidden_size)
+        inner, hidden = group.inner(shape.expert_size), Cut.whole(hidden_size)
         self.gate_proj = ExpertMatrix(shape.experts, inner, hidden)
         self.up_proj = ExpertMatrix(shape.experts, inner, hidden)
         self.down_proj = ExpertMatrix(shape.experts, hidden, inner)
@@ -86,8 +86,9 @@ class SharedExpert(nn.Module):
 
     def __init__(self, hidden_size: int, size: int, group: Group) -> None:
         super().__init__()
-        self.gate_up_proj = ColumnParallel(hidden_size, size, size, group=group)
-        self.down_proj = Projection(group.share(size), (Cut.whole(hidden_size),))
+        inner = group.inner(size)
+        self.gate_up_proj = ColumnParallel(hidden_size, inner, inner, group=group)
+        self.down_proj = Projection(inner, (Cut.whole(hidden_size),))
 
     def forward(self, x: Tensor) -> Tensor:
         """[T, H] -> [T, H], of this rank."""

@@ -3,7 +3,8 @@
 A matrix that follows the residual stream is split by its outputs (column parallel), the one that
 leads back to it by its inputs (row parallel), so a block of attention or MLP needs one sum over the
 ranks. Embedding and head are split by the vocabulary. Key-value heads of which there are fewer than
-ranks are held by several.
+ranks are held by several. The inner dimension of an MLP or an expert is cut between the blocks of
+its weights, so that the first ranks may hold a block more than the others.
 
 ``Cut`` says which part of a checkpoint's tensor a rank holds; everything that loads or prices a
 rank asks the same cuts.
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from torch import Tensor
+
+from cortex.models.checkpoints.inner_blocks import inner_range
 
 
 class Collectives(Protocol):
@@ -57,6 +60,8 @@ class Group:
     rank: int = 0
     ranks: int = 1
     collectives: Collectives | None = None
+    block: int = 1
+    """Elements of an inner dimension that stay together (``checkpoints.inner_blocks``)."""
 
     def share(self, size: int) -> Cut:
         """Return this rank's even part of *size*; raise ValueError where it does not divide."""
@@ -72,6 +77,13 @@ class Group:
             ranges.append((first + self.rank * part, first + (self.rank + 1) * part))
             first += size
         return Cut(first, tuple(ranges)) if self.ranks > 1 else Cut.whole(first)
+
+    def inner(self, size: int) -> Cut:
+        """Return this rank's part of the *size* inner elements of an MLP or of an expert.
+
+        Raise ValueError where they do not divide.
+        """
+        return Cut(size, (inner_range(size, self.block, self.rank, self.ranks),))
 
     def share_where_even(self, size: int) -> Cut:
         """Return this rank's part of *size*, all of it where it does not divide."""

@@ -11,7 +11,7 @@ import logging
 import os
 from collections import Counter
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ import torch
 
 from cortex.models.checkpoints.checkpoint import Checkpoint
 from cortex.models.checkpoints.errors import CheckpointError, naming
+from cortex.models.checkpoints.inner_blocks import inner_block
 from cortex.models.checkpoints.quantized import is_fp8
 from cortex.models.checkpoints.sizes import context_tokens
 from cortex.models.checkpoints.tensors import QUANTS
@@ -81,6 +82,8 @@ def load_model(
     checkpoint.check_supported()
     architecture = ARCHITECTURES[checkpoint.config["model_type"]]
     config = _config(checkpoint, architecture)
+    quantised = _quantised_type(checkpoint, quant)
+    group = replace(group, block=inner_block(checkpoint, quant))
     kernels = cpu.kernels() if device.type == "cpu" else None  # compiled now, not with a request
     is_tiled = kernels is not None and dtype in {"auto", "float16"}
     width = torch.float32 if is_tiled else activation_dtype(checkpoint, device, dtype)
@@ -90,7 +93,7 @@ def load_model(
         config.head_dim,
         device,
         kernels.tile_into if kernels and is_tiled else None,
-        _quantised_type(checkpoint, quant),
+        quantised,
     )
     loading = _Loading(checkpoint, architecture, config, form, module, on_progress)
     with naming(path):
@@ -214,10 +217,17 @@ def _prepare(
         if isinstance(child, (Projection, Experts)):
             child.is_batch_invariant = execution.is_batch_invariant
     heads = (group.count(config.num_attention_heads), module.caches.kv_heads, config.head_dim)
-    cuda.prepare(cuda_attention.Shape(*heads, cuda.BLOCK_TOKENS, width), execution)
+    shape = cuda_attention.Shape(*heads, cuda.BLOCK_TOKENS, width)
+    cuda.prepare(shape, execution, has_states=module.caches.state is not None)
     matrices = (child for child in module.modules() if isinstance(child, Projection))
     parts = (part for child in matrices for part in child.weight.parts)
     cuda.prepare_products(parts, width, is_batch_invariant=execution.is_batch_invariant)
+    layers = (
+        {"gate": child.gate_proj, "up": child.up_proj, "down": child.down_proj}
+        for child in module.modules()
+        if isinstance(child, Experts)
+    )
+    cuda.prepare_experts(layers, width, is_batch_invariant=execution.is_batch_invariant)
 
 
 def activation_dtype(checkpoint: Checkpoint, device: torch.device, dtype: str) -> torch.dtype:

@@ -14,7 +14,9 @@ they wait for it in the middle of a step, and could not be told otherwise.
 from __future__ import annotations
 
 import asyncio
+import fcntl
 import itertools
+import os
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
@@ -23,6 +25,7 @@ from pathlib import Path
 
 import structlog
 
+from cortex.ipc.descriptors import Descriptor
 from cortex.ipc.errors import NodeFailed, PeerGone, Recovering, Unloadable
 from cortex.ipc.messages import (
     PEER_LOST,
@@ -57,6 +60,7 @@ class DeviceGroups:
         """Of those that are joined, or just being joined."""
         self._numbers = itertools.count(1)
         self._meetings: Path | None = None
+        self._lock: Descriptor | None = None
 
     async def join(self, devices: Sequence[DeviceProcess]) -> str:
         """Return the name of the group of *devices*, which is made now if it is not there.
@@ -94,6 +98,8 @@ class DeviceGroups:
         """Remove what the ranks have met in; blocks."""
         if self._meetings is not None:
             shutil.rmtree(self._meetings, ignore_errors=True)
+        if self._lock is not None:
+            self._lock.close()
 
     async def _make(self, members: Members, name: str) -> None:
         meeting = await asyncio.to_thread(self._new_meeting, name)
@@ -128,15 +134,38 @@ class DeviceGroups:
             device.tell(lambda command_id: LeaveGroup(command_id, name))
 
     def _new_meeting(self, name: str) -> Path:
-        """Return an empty directory, and remove those of groups that are gone."""
-        if self._meetings is None:
-            self._meetings = Path(tempfile.mkdtemp(prefix="neuron-groups-"))
+        """Return an empty directory, and empty those of groups that are gone."""
+        if self._meetings is None or not self._meetings.is_dir():
+            self._meetings = self._new_meetings()
         for old in self._meetings.iterdir():
             if old.name not in self._names.values():
-                shutil.rmtree(old, ignore_errors=True)
+                _empty(old)
         meeting = self._meetings / name
         meeting.mkdir()
         return meeting
+
+    def _new_meetings(self) -> Path:
+        """Return a new directory that no cleaner of old files takes while we live.
+
+        A group meets there again for each of its models, maybe weeks later. systemd-tmpfiles leaves
+        a directory alone that somebody has locked, and what is in it.
+        """
+        meetings = Path(tempfile.mkdtemp(prefix="neuron-groups-"))
+        if self._lock is not None:
+            self._lock.close()
+        self._lock = Descriptor(os.open(meetings, os.O_RDONLY | os.O_DIRECTORY))
+        fcntl.flock(self._lock.fd, fcntl.LOCK_EX)
+        return meetings
+
+
+def _empty(meeting: Path) -> None:
+    """Remove the files of a group that is gone, and leave their directory.
+
+    A rank that is just leaving opens torch's FileStore a last time to close it: a file that is gone
+    it makes anew, for a directory it waits as long as the store's timeout, and then it aborts.
+    """
+    for file in meeting.iterdir():
+        file.unlink(missing_ok=True)
 
 
 async def ask_all(

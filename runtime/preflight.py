@@ -16,8 +16,8 @@ Every one of them is an Unloadable: HTTP 422, with the numbers. ``hub_files.py``
 ``hub_client.py`` list what else can be wrong with a model of a hub, ``sources.py`` with files,
 ``device_choice.py`` with devices.
 
-Of a model on several devices all bytes are those of one of them (``sharding.py``): every rank
-holds as much as every other.
+Of a model on several devices all bytes are those of its first rank (``sharding.py``): no other
+holds more.
 """
 
 from __future__ import annotations

@@ -29,6 +29,7 @@ from cortex.ipc.errors import Unloadable
 from cortex.ipc.messages import Generate, SamplingParams
 from cortex.ipc.node_api import EMBEDDED_MODEL
 from cortex.ipc.ring import Flag
+from cortex.models.checkpoints.errors import CheckpointError
 from cortex.models.checkpoints.gguf import GGUFFile
 from cortex.models.kernels.quantize import quantize
 from cortex.models.loaded_model import LoadedModel
@@ -44,6 +45,8 @@ from cortex.runtime.tokenizer import Tokenizer
 CPU = torch.device("cpu")
 DENSE = "F32"
 KINDS = (DENSE, "Q8_0", "Q5_1", "Q5_0", "Q4_1", "IQ4_NL", "Q4_0")
+NEVER_QUANTISED = ("ssm_conv1d", "ffn_gate_inp")
+"""Matrices that no converter quantises: convolutions, whose rows are too short, and routers."""
 STATE_SLOTS = 2
 """Of a model with recurrent states: one for the text, and one more."""
 
@@ -99,10 +102,12 @@ def requantised(path: Path, target: Path, kind: str) -> None:
         )
     for tensor in reader.tensors:
         values = gguf.quants.dequantize(tensor.data, tensor.tensor_type)
-        if kind == DENSE or values.ndim == 1:
+        is_vector = values.ndim == 1 or any(name in tensor.name for name in NEVER_QUANTISED)
+        if kind == DENSE or is_vector:
             writer.add_tensor(tensor.name, np.ascontiguousarray(values, dtype=np.float32))
         else:
-            stored = quantize(kind, torch.from_numpy(values.copy()))
+            rows = torch.from_numpy(values.reshape(-1, values.shape[-1]).copy())
+            stored = quantize(kind, rows).view(*values.shape[:-1], -1)  # of experts, one by one
             raw = gguf.GGMLQuantizationType[kind]
             writer.add_tensor(tensor.name, stored.numpy(), raw_dtype=raw)
     writer.write_header_to_file()
@@ -159,21 +164,34 @@ def _model_path(name: str | None) -> Path:
 
 def main() -> None:
     """Measure, and print the table; with --json, print numbers."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(prog="scripts/perplexity", description=__doc__.splitlines()[0])
     parser.add_argument(
         "--model", help="a GGUF file, or a model's id; the embedded one if not given"
     )
-    parser.add_argument("--tokens", type=int, help="measure only so many of the text's tokens")
-    parser.add_argument("--kinds", nargs="*", choices=KINDS, default=KINDS)
-    parser.add_argument("--json", action="store_true")
+    parser.add_argument(
+        "--tokens", type=_two_or_more, help="measure only so many of the text's tokens"
+    )
+    parser.add_argument(
+        "--kinds", nargs="*", choices=KINDS, default=KINDS, help="formats beside its own (all)"
+    )
+    parser.add_argument("--json", action="store_true", help="print numbers for programs")
     asked = parser.parse_args()
     path = _model_path(asked.model)
-    token_ids = tokens_of(path, TEXT)[: asked.tokens]
-    rows = compare(path, token_ids, asked.kinds)
+    try:
+        token_ids = tokens_of(path, TEXT)[: asked.tokens]
+        rows = compare(path, token_ids, asked.kinds)
+    except CheckpointError as exc:
+        sys.exit(f"perplexity: {exc}")
     if asked.json:
         print(json.dumps({name: asdict(row) for name, row in rows.items()}))
     else:
         print(f"{path.name}, {len(token_ids)} tokens\n\n{table(rows)}")
+
+
+def _two_or_more(text: str) -> int:
+    if not text.isdecimal() or int(text) < 2:
+        raise argparse.ArgumentTypeError("a number from 2 on: the first token is only given")
+    return int(text)
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from pathlib import Path
 
+import msgspec
 import numpy as np
 import zmq.asyncio
 
@@ -57,7 +58,7 @@ from cortex.ipc.ring import Flag
 from cortex.ipc.settings import ConfigError
 from cortex.ipc.taps import Tap
 from cortex.runtime import fork_server
-from cortex.runtime.config import DeviceConfig, NeuronConfig
+from cortex.runtime.config import DeviceConfig, DeviceName, NeuronConfig
 from cortex.runtime.device_budget import resolve_devices
 from cortex.runtime.device_conversation import Refused
 from cortex.runtime.device_life import DeviceLife
@@ -353,7 +354,10 @@ def _names(text: str) -> list[str]:
     names = [name.strip() for name in text.split(",") if name.strip()]
     if not names or len(set(names)) < len(names):
         raise argparse.ArgumentTypeError("device names, each once, with commas between them")
-    return names
+    try:
+        return msgspec.convert(names, list[DeviceName])
+    except msgspec.ValidationError as exc:
+        raise argparse.ArgumentTypeError(f"expected cpu:N or cuda:N, not {text}") from exc
 
 
 def _words(error: Exception) -> str:

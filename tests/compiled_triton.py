@@ -81,7 +81,7 @@ def _launch_packed() -> None:
         data = torch.zeros(rows, row_bytes(kind, columns), dtype=torch.uint8)
         return Part(kind, data, is_planar=True)
 
-    for kind, rows in (("Q4_K", 1), ("Q6_K", 100), ("Q8_0", 8)):
+    for kind, rows in (("Q4_K", 1), ("Q6_K", 100), ("Q8_0", 8), ("Q5_K", 17), ("FP8", 64)):
         x, y = torch.zeros(rows, 4096).bfloat16(), torch.zeros(rows, 256).bfloat16()
         triton_quantized.linear_into(y, x, zeros(kind, 256, 4096))
     triton_quantized.rows(zeros("IQ4_XS", 2, 512), torch.zeros(1, dtype=torch.int64))

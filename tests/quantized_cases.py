@@ -207,6 +207,36 @@ def route_differences(
     return torch.equal(ids, there), float((weights - weights_there).abs().max())
 
 
+def ids_of_what_is_no_number(experts: int) -> list[int]:
+    """Return the least and the largest id that tokens get whose logits are no numbers."""
+    from cortex.models.kernels import triton_experts
+
+    logits = torch.randn(5, experts)
+    logits[0], logits[1], logits[2, 1] = torch.nan, torch.inf, torch.nan
+    logits[3, 0], logits[4] = torch.inf, -torch.inf
+    ids, _ = triton_experts.route(logits, 4, is_normalised=True)
+    return [int(ids.min()), int(ids.max())]
+
+
+def prepared_launches(*, is_batch_invariant: bool) -> list[str]:
+    """Return the kernels that preparing experts runs, of those that serving them runs."""
+    from cortex.models.kernels import triton_experts
+
+    _, packed = random_experts(("Q4_0",) * 3, experts=2, hidden=32, inner=32)
+    launched = list[str]()
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_pairs_by_themselves", "_pairs_by_expert"):
+            compute = getattr(triton_experts, name)
+
+            def noted(*how: Any, name: str = name, compute: Any = compute) -> None:
+                launched.append(f"{name} {how[-1] if isinstance(how[-1], int) else ''}".strip())
+                compute(*how)
+
+            patch.setattr(triton_experts, name, noted)
+        triton_experts.prepare(**packed, dtype=torch.float32, is_batch_invariant=is_batch_invariant)
+    return sorted(launched)
+
+
 def of_nothing() -> list[tuple[int, ...]]:
     """Return the shapes of what the operations make of no rows."""
     from cortex.models.kernels import triton_experts, triton_quantized

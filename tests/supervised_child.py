@@ -12,6 +12,7 @@ import os
 import time
 
 from cortex.ipc.channel import DeviceEnd
+from cortex.ipc.descriptors import Descriptor
 from cortex.ipc.engine_options import EngineOptions
 from cortex.ipc.heartbeat import Activity, HeartbeatPage, HeartbeatWriter
 from cortex.ipc.messages import (
@@ -44,6 +45,7 @@ def main(
     log_level: str,
     test_faults: str,
     options: EngineOptions,
+    post: Descriptor,
     preloaded: bool,
     server_threads: int,
 ) -> None:

@@ -59,6 +59,9 @@ def hybrid(model_type: str, **overrides: Any) -> dict[str, Any]:
     return {**HYBRID, **mixture, **overrides}
 
 
+JOINED = {"in_proj_qkvz.weight": "ssm_in", "experts.gate_up_proj": "ffn_gate_up_exps"}
+
+
 def random_hybrid(model_type: str, **overrides: Any) -> Any:
     """Build transformers' model with random weights."""
     return random_model(model_type, **hybrid(model_type, **overrides))
@@ -69,8 +72,12 @@ def saved_hybrid(directory: Path, model_type: str, **overrides: Any) -> Any:
     return saved_model(directory, model_type, **hybrid(model_type, **overrides))
 
 
-def write_hybrid_gguf(path: Path, model: Any, kind: str, *, drafting_layers: int = 0) -> None:
+def write_hybrid_gguf(
+    path: Path, model: Any, kind: str, *, drafting_layers: int = 0, is_joined: bool = False
+) -> None:
     """Write transformers' *model* as convert_hf_to_gguf.py does, and round it to what was stored.
+
+    Where it *is_joined*, one tensor holds what other versions and options of that make two of.
 
     Quantised matrices have blocks of 32; the columns that the converter moves, heads of values,
     are whole numbers of these.
@@ -81,7 +88,9 @@ def write_hybrid_gguf(path: Path, model: Any, kind: str, *, drafting_layers: int
     for name, weight in model.state_dict().items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
-        for stored_name, values in _converted(name, weight, config, kind).items():
+        is_whole = is_joined and name.endswith(tuple(JOINED))
+        converted = _joined(name, weight, kind) if is_whole else None
+        for stored_name, values in (converted or _converted(name, weight, config, kind)).items():
             _add(writer, stored_name, values.numpy(), kind)
     for layer in range(drafting_layers):
         name = f"blk.{config.num_hidden_layers + layer}.nextn.eh_proj.weight"
@@ -135,6 +144,11 @@ def _converted(name: str, weight: Tensor, config: Any, kind: str) -> dict[str, T
         }
     values = _moved(middle, weight, config, kind)
     return {f"blk.{layer}.{word}": values for word, values in values.items()}
+
+
+def _joined(name: str, weight: Tensor, kind: str) -> dict[str, Tensor]:
+    word = next(word for tail, word in JOINED.items() if name.endswith(tail))
+    return {f"blk.{name.split('.')[2]}.{word}.weight": _rounded(weight, kind)}
 
 
 def _experts(name: str, weight: Tensor) -> dict[str, Tensor]:

@@ -152,9 +152,9 @@ def _kv_heads(values: _Values, heads: int) -> int:
     key = "attention.head_count_kv"
     said = values.get(key)
     if values.architecture in HYBRIDS and isinstance(said, list):
-        counts = [count for count in said if count != 0]
-        if counts and type(counts[0]) is int and counts[0] > 0 and counts == counts[:1] * len(counts):
-            return int(counts[0])
+        first, *others = [count for count in said if count != 0] or [0]
+        if type(first) is int and first > 0 and all(count == first for count in others):
+            return int(first)
     return values.integer(key, heads)
 
 

@@ -3,16 +3,17 @@
 The last word of a parameter's name says how ranks share it, as ``models.linear`` does with it:
 
     split         parameters
-    by rows       q_proj, gate_proj, up_proj, gate_up_proj; of a Gated DeltaNet in_proj_*, conv1d,
-                  A_log, dt_bias
+    by rows       q_proj; of a Gated DeltaNet in_proj_*, conv1d, A_log, dt_bias
+    inner rows    gate_proj, up_proj, gate_up_proj: in whole blocks (``inner_blocks``)
     by KV heads   k_proj, v_proj: a head where there are fewer of them than ranks
-    by columns    o_proj, down_proj, out_proj
+    by columns    o_proj, out_proj
+    inner columns down_proj: in whole blocks
     vocabulary    embed_tokens, lm_head: by rows where these divide, else whole
     whole         norms, routers, gates of shared experts
 
 Vectors are float32 in memory. A matrix stays as it is stored, but for dense ones on a device that
 computes in 16 bits, for 8-bit floats, and for what is quantised while it is loaded
-(``models.filler``). Equal on every rank, so the rank is not asked for.
+(``models.filler``). Where inner dimensions are cut unevenly the first rank holds the most.
 """
 
 from __future__ import annotations
@@ -23,27 +24,22 @@ from math import prod
 from typing import Any, Literal
 
 from cortex.models.checkpoints.checkpoint import Checkpoint
+from cortex.models.checkpoints.inner_blocks import DENSE, STORED, inner_block, inner_range
 from cortex.models.checkpoints.names import is_derived, parameter_name
 from cortex.models.checkpoints.quantized import FP8_TENSOR
 from cortex.models.checkpoints.sizes import num_key_value_heads
-from cortex.models.checkpoints.tensors import (
-    FP8,
-    GGUF_TYPES,
-    QUANTS,
-    SAFETENSORS_TYPES,
-    StoredType,
-    TensorInfo,
-)
+from cortex.models.checkpoints.tensors import FP8, QUANTS, StoredType, TensorInfo
 
-Split = Literal["rows", "kv_heads", "columns", "vocabulary", "whole"]
+Split = Literal["rows", "inner_rows", "kv_heads", "columns", "inner_columns", "vocabulary", "whole"]
 
 SPLITS: dict[str, Split] = {
-    **dict.fromkeys(("q_proj", "gate_proj", "up_proj", "gate_up_proj"), "rows"),
-    **dict.fromkeys(("in_proj_qkv", "in_proj_z", "in_proj_qkvz"), "rows"),
+    **dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj"), "inner_rows"),
+    **dict.fromkeys(("q_proj", "in_proj_qkv", "in_proj_z", "in_proj_qkvz"), "rows"),
     **dict.fromkeys(("in_proj_a", "in_proj_b", "in_proj_ba"), "rows"),
     **dict.fromkeys(("conv1d", "A_log", "dt_bias"), "rows"),
     **dict.fromkeys(("k_proj", "v_proj"), "kv_heads"),
-    **dict.fromkeys(("o_proj", "down_proj", "out_proj"), "columns"),
+    **dict.fromkeys(("o_proj", "out_proj"), "columns"),
+    "down_proj": "inner_columns",
     **dict.fromkeys(("embed_tokens", "lm_head"), "vocabulary"),
 }
 
@@ -54,15 +50,14 @@ DIVIDED = {
     "shared_expert_intermediate_size": "inner elements of the shared expert",
     "linear_num_key_heads": "key heads of the delta rule",
 }
-"""What a configuration has to have a multiple of the ranks of, where it has it."""
+"""What a configuration has to have a multiple of the ranks of, where it has it.
+
+Of inner elements whole blocks may do instead.
+"""
 
 KINDS = ("weight", "bias", "weight_scale_inv")
 SMALL = ("conv1d", "A_log", "dt_bias")
 VECTOR_BYTES = 4
-STORED = {
-    stored.name: stored for stored in (*GGUF_TYPES.values(), *SAFETENSORS_TYPES.values(), FP8)
-}
-DENSE = ("F32", "F16", "BF16")
 
 
 class Indivisible(ValueError):
@@ -83,6 +78,8 @@ class Sharing:
     """One of ``QUANTS``."""
     is_wide: bool = True
     """Whether dense weights stay as they are; else they take 16 bits."""
+    rank: int = 0
+    """Which of them: the first holds at least as much as any other."""
 
 
 def split_of(parameter: str) -> Split:
@@ -90,13 +87,13 @@ def split_of(parameter: str) -> Split:
     return SPLITS.get(_word(parameter), "whole")
 
 
-def check_divides(config: Mapping[str, Any], ranks: int) -> None:
-    """Raise Indivisible where *ranks* cannot share a model of *config*."""
+def check_divides(config: Mapping[str, Any], ranks: int, block: int = 1) -> None:
+    """Raise Indivisible where *ranks* cannot share a model of *config*, with inner *block*s."""
     for name, what in DIVIDED.items():
         size = config.get(name)
         is_of_model = name != "intermediate_size" or "moe_intermediate_size" not in config
-        if is_of_model and type(size) is int and size % ranks:
-            raise Indivisible(what, size, ranks)
+        if is_of_model and type(size) is int:
+            _part(what, size, Sharing(ranks), block if name.endswith("intermediate_size") else 1)
     heads = num_key_value_heads(config)
     if heads % ranks and ranks % heads:
         raise Indivisible("key-value heads", heads, ranks)
@@ -112,7 +109,8 @@ def weights_of_rank(checkpoint: Checkpoint, sharing: Sharing) -> int:
 
     A tensor that no architecture has a place for counts as if every rank held it.
     """
-    check_divides(checkpoint.config, sharing.ranks)
+    block = inner_block(checkpoint, sharing.quant)
+    check_divides(checkpoint.config, sharing.ranks, block)
     found = {
         parameter_name(name, checkpoint.format): tensor
         for name, tensor in checkpoint.tensors.items()
@@ -120,49 +118,68 @@ def weights_of_rank(checkpoint: Checkpoint, sharing: Sharing) -> int:
     }
     if checkpoint.config.get("tie_word_embeddings") is True:
         found.pop("lm_head.weight", None)
-    kv_heads = num_key_value_heads(checkpoint.config)
-    return sum(_bytes(name, tensor, kv_heads, sharing) for name, tensor in found.items())
+    sizing = _Sizing(sharing, num_key_value_heads(checkpoint.config), block)
+    return sum(sizing.bytes_of(name, tensor) for name, tensor in found.items())
 
 
-def _bytes(name: str, tensor: TensorInfo, kv_heads: int, sharing: Sharing) -> int:
-    shape = tensor.shape or (1,)
-    if name.endswith(".weight_scale_inv"):  # goes into the blocks of the weight
-        return 0
-    if len(shape) == 1 or _word(name) in SMALL:
-        rows = _rows(name, shape[0], kv_heads, sharing.ranks)
-        return rows * prod(shape[1:]) * VECTOR_BYTES
-    *experts, rows, columns = shape
-    if split_of(name) == "columns":
-        columns = _columns(name, tensor.type, columns, sharing.ranks)
-    else:
-        rows = _rows(name, rows, kv_heads, sharing.ranks)
-    stored = _stored(name, tensor.type, columns, sharing)
-    return prod(experts) * rows * (columns // stored.block_elements) * stored.block_bytes
+@dataclass(frozen=True, slots=True)
+class _Sizing:
+    """What a rank holds of the tensors of one model."""
+
+    sharing: Sharing
+    kv_heads: int  # of the model
+    block: int  # of its inner dimensions
+
+    def bytes_of(self, name: str, tensor: TensorInfo) -> int:
+        """Return the bytes of a rank's part of *tensor*, by our *name* of it."""
+        shape = tensor.shape or (1,)
+        if name.endswith(".weight_scale_inv"):  # goes into the blocks of the weight
+            return 0
+        if len(shape) == 1 or _word(name) in SMALL:
+            return self._rows(name, shape[0]) * prod(shape[1:]) * VECTOR_BYTES
+        *experts, rows, columns = shape
+        rows, columns = self._rows(name, rows), self._columns(name, tensor.type, columns)
+        stored = _stored(name, tensor.type, columns, self.sharing)
+        return prod(experts) * rows * (columns // stored.block_elements) * stored.block_bytes
+
+    def _rows(self, name: str, rows: int) -> int:
+        ranks = self.sharing.ranks
+        match split_of(name):
+            case "rows":
+                return _part(f"rows of {name}", rows, self.sharing)
+            case "inner_rows":
+                stacked = 2 if _word(name) == "gate_up_proj" else 1
+                each = _part(f"rows of {name}", rows // stacked, self.sharing, self.block)
+                return stacked * each
+            case "kv_heads":
+                return rows // self.kv_heads * max(1, self.kv_heads // ranks)
+            case "vocabulary" if rows % ranks == 0:
+                return rows // ranks
+            case _:
+                return rows
+
+    def _columns(self, name: str, kind: str, columns: int) -> int:
+        """Return a rank's part of *columns*, which has to be of whole blocks."""
+        split = split_of(name)
+        if split not in {"columns", "inner_columns"}:
+            return columns
+        block = (FP8 if kind == FP8_TENSOR else STORED[kind]).block_elements
+        what = f"columns of {name}" if block == 1 else f"blocks of {block} columns of {name}"
+        if split == "columns":
+            return _part(what, columns // block, self.sharing) * block
+        part = _part(f"columns of {name}", columns, self.sharing, self.block)
+        if part % block:
+            raise Indivisible(what, columns // block, self.sharing.ranks)
+        return part
 
 
-def _rows(name: str, rows: int, kv_heads: int, ranks: int) -> int:
-    match split_of(name):
-        case "rows":
-            return _divided(f"rows of {name}", rows, ranks)
-        case "kv_heads":
-            return rows // kv_heads * max(1, kv_heads // ranks)
-        case "vocabulary" if rows % ranks == 0:
-            return rows // ranks
-        case _:
-            return rows
-
-
-def _columns(name: str, kind: str, columns: int, ranks: int) -> int:
-    """Return a rank's part of *columns*, which has to be of whole blocks."""
-    block = (FP8 if kind == FP8_TENSOR else STORED[kind]).block_elements
-    what = f"columns of {name}" if block == 1 else f"blocks of {block} columns of {name}"
-    return _divided(what, columns // block, ranks) * block
-
-
-def _divided(what: str, size: int, ranks: int) -> int:
-    if size % ranks:
-        raise Indivisible(what, size, ranks)
-    return size // ranks
+def _part(what: str, size: int, sharing: Sharing, block: int = 1) -> int:
+    """Return how many of *size* the rank holds."""
+    try:
+        first, end = inner_range(size, block, sharing.rank, sharing.ranks)
+    except ValueError as exc:
+        raise Indivisible(what, size, sharing.ranks) from exc
+    return end - first
 
 
 def _stored(name: str, kind: str, columns: int, sharing: Sharing) -> StoredType:

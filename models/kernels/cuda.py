@@ -16,7 +16,7 @@ from __future__ import annotations
 import importlib
 import logging
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 from typing import Any
@@ -28,7 +28,7 @@ from cortex.models.batch import Batch
 from cortex.models.execution import Execution
 from cortex.models.kernels import reference
 from cortex.models.kernels.cuda_attention import Shape, attention_for
-from cortex.models.kernels.cuda_delta import DELTA_OPERATIONS, DeltaKernels
+from cortex.models.kernels.cuda_delta import DELTA_OPERATIONS, DeltaKernels, fla_rule
 from cortex.models.quantization import ExpertMatrix, Part
 
 REFERENCE_OPERATIONS = "CORTEX_REFERENCE_OPERATIONS"
@@ -206,13 +206,15 @@ def kernels() -> CudaKernels:
     return CudaKernels(_working_triton_ops(torch.device("cuda")), _given_back(os.environ))
 
 
-def prepare(shape: Shape, execution: Execution) -> None:
+def prepare(shape: Shape, execution: Execution, *, has_states: bool = False) -> None:
     """Choose, compile and try what a model of *shape* needs, before its first step.
 
     Raises ``cuda_attention.Unavailable`` where *execution* cannot be had.
     """
-    kernels()
+    serves_chunks = kernels().serves("gated_delta_rule") and not execution.is_batch_invariant
     attention_for(shape, execution)
+    if has_states and serves_chunks:
+        fla_rule()
 
 
 def prepare_products(
@@ -227,6 +229,23 @@ def prepare_products(
         for rows in EVERY_WAY:
             x = torch.zeros(rows, part.columns, dtype=dtype, device=part.data.device)
             kernels().linear(x, [some], is_batch_invariant=is_batch_invariant)
+
+
+def prepare_experts(
+    layers: Iterable[Mapping[str, ExpertMatrix]], dtype: torch.dtype, *, is_batch_invariant: bool
+) -> None:
+    """Compile what *layers* need, each a gate, up and down, once for each type and shape."""
+    if not kernels().serves("experts"):
+        return
+    from cortex.models.kernels import triton_experts
+
+    different = {
+        tuple((p.kind, p.rows, p.columns) for matrix in layer.values() for p in matrix.parts): layer
+        for layer in layers
+        if triton_experts.can_compute(**layer)
+    }
+    for layer in different.values():
+        triton_experts.prepare(**layer, dtype=dtype, is_batch_invariant=is_batch_invariant)
 
 
 def _given_back(environment: Any) -> frozenset[str]:

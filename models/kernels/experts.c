@@ -91,7 +91,7 @@ typedef struct {
 } Stack;
 
 typedef struct {
-    const Stack *stacks; /* of the same inputs, their outputs side by side; all in tiles or none */
+    const Stack *stacks; /* of the same inputs, their outputs side by side; of one kind, all in tiles or none */
     int count, tiles;    /* OUTPUTS outputs of one expert, in all stacks */
     const Order *order;
     Activations x;
@@ -129,12 +129,8 @@ static int multiply_grouped(const Stack *stacks, int count, const Order *order, 
                             int64_t ldy, int threads) {
     Grouped o = {stacks, count, 0, order, {x}, y, ldy, 0};
     const int M = order->starts[order->active[order->count - 1] + 1];
-    int kind = FP8; /* which takes rows as they are */
-    for (int i = 0; i < count; i++) {
-        o.tiles += (stacks[i].N + OUTPUTS - 1) / OUTPUTS;
-        if (stacks[i].kind != FP8) kind = stacks[i].kind;
-    }
-    if (stacks->is_tiled && activate(kind, x, M, stacks->K, threads, &o.x)) return -1;
+    for (int i = 0; i < count; i++) o.tiles += (stacks[i].N + OUTPUTS - 1) / OUTPUTS;
+    if (stacks->is_tiled && activate(stacks->kind, x, M, stacks->K, threads, &o.x)) return -1;
     for_each(threads, (int64_t)order->count * o.tiles, grouped_item, &o);
     return o.failed ? -1 : 0;
 }
@@ -178,7 +174,7 @@ int cortex_experts(const float *x, const int64_t *ids, const float *weights, flo
     Spreading spreading = {x, weights, rows, y, order.place, k, H};
     for_each(M > 16 ? threads : 1, M, spread_row, &spreading);
     const Stack stacks[2] = {*gate, *up};
-    const int at_once = gate->is_tiled == up->is_tiled ? 2 : 1;
+    const int at_once = gate->kind == up->kind && gate->is_tiled == up->is_tiled ? 2 : 1;
     for (int i = 0; i < 2; i += at_once)
         if (multiply_grouped(stacks + i, at_once, &order, rows, both + i * I, 2 * I, threads)) return -1;
     cortex_silu_multiply(both, inner, pairs, I, threads);

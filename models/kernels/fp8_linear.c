@@ -84,10 +84,19 @@ static void multiply_fp8_rows(const uint8_t *tile, int K, const float *x, int M,
     }
 }
 
-/* y[M, OUTPUTS] = M rows x[M, K] times one column of tiles, from zeros. */
-static void multiply_fp8(const uint8_t *tiles, int K, const float *x, int M, floats *y) {
-    if (M == 1)
-        y[0] = multiply_fp8_row(tiles, K, x);
-    else
-        multiply_fp8_rows(tiles, K, x, M, y);
+#define SUMS 64 /* of rows that share what was unpacked */
+
+/* y[M, outputs] = M rows x[M, K] times one column of tiles; rows of y are ldy floats apart. */
+static void multiply_fp8(const uint8_t *tiles, int K, const float *x, int M, float *y, int64_t ldy,
+                         int outputs) {
+    for (int m = 0; m < M; m += SUMS) {
+        const int rows = M - m < SUMS ? M - m : SUMS;
+        floats sums[SUMS];
+        memset(sums, 0, rows * sizeof(floats));
+        if (rows == 1)
+            sums[0] = multiply_fp8_row(tiles, K, x + (int64_t)m * K);
+        else
+            multiply_fp8_rows(tiles, K, x + (int64_t)m * K, rows, sums);
+        put_sums(sums, rows, y + m * ldy, ldy, outputs);
+    }
 }

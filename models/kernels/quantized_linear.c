@@ -12,8 +12,7 @@
  *
  * Float8 are no whole numbers: fp8_linear.c multiplies with them.
  */
-#define ROWS 8  /* of activations multiplied at once, each with its sums in a register */
-#define SUMS 64 /* of rows that share what was unpacked */
+#define ROWS 8 /* of activations multiplied at once, each with its sums in a register */
 
 INLINE int rows_at_once(int rest) { return rest >= 8 ? 8 : rest >= 4 ? 4 : rest >= 2 ? 2 : 1; }
 
@@ -28,12 +27,11 @@ typedef struct {
     };
 } Quants;
 
-/* What belongs to it: its scale s, and the sums of its whole numbers. */
+/* What belongs to it: its scale s, and the sums of its whole numbers, of all and, where weights
+ * have runs of 16, of the first 16. */
 typedef struct {
     float scale;
-    int32_t sum[3];    /* of the first 16, of the others, of all */
-    float weighted[3]; /* these times the scale */
-    int32_t unused;
+    int32_t all, first;
 } Sums;
 
 typedef struct {
@@ -43,7 +41,7 @@ typedef struct {
     int64_t stride; /* blocks from one row to the next: odd, or rows meet in one set of the cache */
 } Activations;
 
-static void quantize_block(const float *x, Quants *q, Sums *to) {
+static void quantize_block(const float *x, int has_halves, Quants *q, Sums *to) {
     floats a = load(x), b = load(x + LANES);
     const words magnitude = (words){} + 0x7fffffff;
     words top = (words)a & magnitude, other = (words)b & magnitude;
@@ -57,16 +55,16 @@ static void quantize_block(const float *x, Quants *q, Sums *to) {
     const float by = peak > 1e-30f ? 32512.f / peak : 0.f;
     const floats magic = splat(12582912.f); /* 1.5 * 2^23: adding it rounds to a whole number */
     ints p = (ints)(a * by + magic) - (ints)magic, r = (ints)(b * by + magic) - (ints)magic;
-    int32_t first = 0, second = 0;
+    int32_t all = 0, first = 0;
     int16_t whole[BLOCK];
     for (int i = 0; i < LANES; i++) {
         whole[i] = (int16_t)p[i];
         whole[i + LANES] = (int16_t)r[i];
     }
-    for (int i = 0; i < LANES; i++) first += whole[i];
-    for (int i = 0; i < LANES; i++) second += whole[i + LANES];
-    const int32_t total = first + second;
-    *to = (Sums){scale, {first, second, total}, {scale * first, scale * second, scale * total}};
+    for (int i = 0; i < BLOCK; i++) all += whole[i];
+    if (has_halves)
+        for (int i = 0; i < LANES; i++) first += whole[i];
+    *to = (Sums){scale, all, first};
     if (VNNI)
         for (int i = 0; i < BLOCK; i++) {
             q->half[0][i] = (int8_t)((whole[i] + 128) >> 8);
@@ -78,14 +76,14 @@ static void quantize_block(const float *x, Quants *q, Sums *to) {
 
 typedef struct {
     Activations to;
-    int blocks;
+    int blocks, has_halves;
 } Quantizing;
 
 static void quantize_row(void *argument, int64_t m) {
     const Quantizing *o = argument;
     for (int b = 0; b < o->blocks; b++) {
         const int64_t at = m * o->to.stride + b;
-        quantize_block(o->to.x + (m * o->blocks + b) * BLOCK, o->to.q + at, o->to.sums + at);
+        quantize_block(o->to.x + (m * o->blocks + b) * BLOCK, o->has_halves, o->to.q + at, o->to.sums + at);
     }
 }
 
@@ -99,18 +97,17 @@ static int activate(int kind, const float *x, int M, int K, int threads, Activat
     if (!memory) return -1;
     to->q = (Quants *)memory;
     to->sums = (Sums *)(to->q + count);
-    Quantizing quantizing = {*to, K / BLOCK};
+    Quantizing quantizing = {*to, K / BLOCK, format_of(kind).run < BLOCK};
     for_each(M > 8 ? threads : 1, M, quantize_row, &quantizing);
     return 0;
 }
 
 /* ---- the product ---- */
 
-/* start + sum(code * q) over some groups of a block, for OUTPUTS outputs. */
-INLINE ints dot_groups(const bytes64 *codes, const Quants *q, const int first, const int end, int start) {
-    const ints from = (ints){} + start;
+/* sum(code * q) over some groups of a block, for OUTPUTS outputs. */
+INLINE ints dot_groups(const bytes64 *codes, const Quants *q, const int first, const int end) {
 #if VNNI
-    __m512i high = _mm512_setzero_si512(), low = (__m512i)from;
+    __m512i high = _mm512_setzero_si512(), low = high;
 #pragma GCC unroll 8
     for (int group = first; group < end; group++) {
         int32_t h, l;
@@ -135,9 +132,9 @@ INLINE ints dot_groups(const bytes64 *codes, const Quants *q, const int first, c
     }
     for (int i = 0; i < 4; i++)
         sum.part[i] = _mm_hadd_epi32(_mm256_castsi256_si128(pairs[i]), _mm256_extracti128_si256(pairs[i], 1));
-    return sum.all + from;
+    return sum.all;
 #else
-    ints sum = from;
+    ints sum = {};
     for (int group = first; group < end; group++)
         for (int i = 0; i < 4; i++)
             for (int r = 0; r < OUTPUTS; r++)
@@ -146,135 +143,61 @@ INLINE ints dot_groups(const bytes64 *codes, const Quants *q, const int first, c
 #endif
 }
 
-/* What a panel's codes mean: of its one run or its two. */
-typedef struct {
-    int runs, has_minimum, offset;
-} Meaning;
-
-INLINE Meaning meaning_of(Format f) { return (Meaning){BLOCK / f.run, f.has_minimum, f.offset}; }
-
 /* y + what one block of inputs gives. */
-INLINE floats add_block(const Meaning f, const bytes64 *codes, const Affines *affines, const Quants *q,
+INLINE floats add_block(const Format f, const bytes64 *codes, const Affines *affines, const Quants *q,
                         const Sums *sums, floats y) {
 #pragma GCC unroll 2
-    for (int run = 0; run < f.runs; run++) {
-        const int which = f.runs == 2 ? run : 2;
-        const int first = run * GROUPS / f.runs, end = (run + 1) * GROUPS / f.runs;
-        const ints whole = dot_groups(codes, q, first, end, -f.offset * sums->sum[which]);
+    for (int run = 0; run < BLOCK / f.run; run++) {
+        const int first = run * f.run / 4, end = first + f.run / 4;
+        const int32_t sum = f.run == BLOCK ? sums->all : run ? sums->all - sums->first : sums->first;
+        const ints whole = dot_groups(codes, q, first, end) - f.offset * sum;
         y = madd(__builtin_convertvector(whole, floats), affines[run].scale * sums->scale, y);
-        if (f.has_minimum) y = madd(affines[run].minimum, splat(sums->weighted[which]), y);
+        if (f.has_minimum) y = madd(affines[run].minimum, splat(sums->scale * (float)sum), y);
     }
     return y;
 }
 
-/* ---- one row: unpacked in registers ---- */
-
-INLINE floats multiply_tiles(const int kind, const uint8_t *tile, int K, const Activations *x, int64_t row) {
+/* y[R, OUTPUTS] = R rows of activations from *first* on times one column of tiles, whose codes are
+ * unpacked in registers: again for every ROWS rows, which costs less than to store them. */
+INLINE void multiply_tiles(const int R, const int kind, const uint8_t *tile, int K, const Activations *x,
+                           int64_t first, floats *to) {
     const Format f = format_of(kind);
-    const int64_t end = row * x->stride + K / BLOCK;
-    floats y = {};
-    for (int64_t at = row * x->stride; at < end; tile += tile_bytes(f)) {
+    const int64_t stride = x->stride, end = first * stride + K / BLOCK;
+    floats y[ROWS];
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) y[r] = (floats){};
+    for (int64_t at = first * stride; at < end; tile += tile_bytes(f)) {
         const Scales scales = scales_of(f, tile);
 #pragma GCC unroll 1
         for (int p = 0; p < panels_of(f); p++, at++) {
             bytes64 codes[GROUPS];
             Affines affines[2];
             unpack_panel(f, tile, &scales, p, codes, affines);
-            y = add_block(meaning_of(f), codes, affines, x->q + at, x->sums + at, y);
+#pragma GCC unroll 8
+            for (int r = 0; r < R; r++)
+                y[r] = add_block(f, codes, affines, x->q + at + r * stride, x->sums + at + r * stride, y[r]);
         }
-    }
-    return y;
-}
-
-#define MULTIPLY(kind) case kind: return multiply_tiles(kind, tiles, K, x, row)
-
-static floats multiply_row(int kind, const uint8_t *tiles, int K, const Activations *x, int64_t row) {
-    switch (kind) {
-    MULTIPLY(Q4_0); MULTIPLY(Q4_1); MULTIPLY(Q5_0); MULTIPLY(Q5_1); MULTIPLY(IQ4_NL); MULTIPLY(Q2_K);
-    MULTIPLY(Q3_K); MULTIPLY(Q4_K); MULTIPLY(Q5_K); MULTIPLY(Q6_K); MULTIPLY(IQ4_XS);
-    default: return multiply_tiles(Q8_0, tiles, K, x, row);
-    }
-}
-
-/* ---- many rows: unpacked once for all of them, PANELS panels at a time ---- */
-
-#define PANELS 8
-
-typedef struct {
-    bytes64 codes[PANELS][GROUPS];
-    Affines affines[PANELS][2];
-} Chunk;
-
-INLINE void unpack_tiles(const int kind, const uint8_t *tile, int panels, Chunk *to) {
-    const Format f = format_of(kind);
-    for (int at = 0; at < panels; tile += tile_bytes(f)) {
-        const Scales scales = scales_of(f, tile);
-        for (int p = 0; p < panels_of(f); p++, at++)
-            unpack_panel(f, tile, &scales, p, to->codes[at], to->affines[at]);
-    }
-}
-
-#define UNPACK_TILES(kind) case kind: unpack_tiles(kind, tiles, panels, to); break
-
-static void unpack_chunk(int kind, const uint8_t *tiles, int panels, Chunk *to) {
-    switch (kind) {
-    UNPACK_TILES(Q4_0); UNPACK_TILES(Q4_1); UNPACK_TILES(Q5_0); UNPACK_TILES(Q5_1); UNPACK_TILES(Q8_0);
-    UNPACK_TILES(IQ4_NL); UNPACK_TILES(Q2_K); UNPACK_TILES(Q3_K); UNPACK_TILES(Q4_K); UNPACK_TILES(Q5_K);
-    UNPACK_TILES(Q6_K); UNPACK_TILES(IQ4_XS);
-    }
-}
-
-/* y[R, OUTPUTS] += a chunk times R rows, whose blocks are *stride* apart. */
-INLINE void add_rows(const int R, const Meaning f, const Chunk *w, int panels, const Quants *q, const Sums *sums,
-                     int64_t stride, floats *to) {
-    floats y[ROWS];
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) y[r] = to[r];
-#pragma GCC unroll 1
-    for (int p = 0; p < panels; p++) {
-        bytes64 codes[GROUPS];
-#pragma GCC unroll 8
-        for (int group = 0; group < GROUPS; group++) codes[group] = w->codes[p][group];
-#pragma GCC unroll 8
-        for (int r = 0; r < R; r++)
-            y[r] = add_block(f, codes, w->affines[p], q + r * stride + p, sums + r * stride + p, y[r]);
     }
 #pragma GCC unroll 8
     for (int r = 0; r < R; r++) to[r] = y[r];
 }
 
-#define ADD_ROWS(R)                                                                                         \
-    static __attribute__((noinline)) void add_rows_##R(Meaning f, const Chunk *w, int panels,               \
-                                                       const Quants *q, const Sums *sums, int64_t stride,   \
-                                                       floats *y) {                                         \
-        switch (2 * (f.runs - 1) + f.has_minimum) {                                                         \
-        case 0: add_rows(R, (Meaning){1, 0, f.offset}, w, panels, q, sums, stride, y); break;               \
-        case 1: add_rows(R, (Meaning){1, 1, 0}, w, panels, q, sums, stride, y); break;                      \
-        case 2: add_rows(R, (Meaning){2, 0, f.offset}, w, panels, q, sums, stride, y); break;               \
-        default: add_rows(R, (Meaning){2, 1, 0}, w, panels, q, sums, stride, y);                            \
+#define MULTIPLY(R, kind) case kind: multiply_tiles(R, kind, tiles, K, x, first, y); break
+
+#define MULTIPLY_ALL(R)                                                                                     \
+    static __attribute__((noinline)) void multiply_##R(int kind, const uint8_t *tiles, int K,               \
+                                                       const Activations *x, int64_t first, floats *y) {    \
+        switch (kind) {                                                                                     \
+        MULTIPLY(R, Q4_0); MULTIPLY(R, Q4_1); MULTIPLY(R, Q5_0); MULTIPLY(R, Q5_1); MULTIPLY(R, Q8_0);      \
+        MULTIPLY(R, IQ4_NL); MULTIPLY(R, Q2_K); MULTIPLY(R, Q3_K); MULTIPLY(R, Q4_K); MULTIPLY(R, Q5_K);    \
+        MULTIPLY(R, Q6_K); MULTIPLY(R, IQ4_XS);                                                             \
         }                                                                                                   \
     }
-ADD_ROWS(1) ADD_ROWS(2) ADD_ROWS(4) ADD_ROWS(8)
+MULTIPLY_ALL(1) MULTIPLY_ALL(2) MULTIPLY_ALL(4) MULTIPLY_ALL(8)
 
-static void multiply_rows(int kind, const uint8_t *tiles, int K, const Activations *x, int64_t first, int M,
-                          floats *y) {
-    const Format f = format_of(kind);
-    const int64_t blocks = K / BLOCK;
-    Chunk chunk;
-    for (int b = 0; b < blocks; b += PANELS) {
-        const int panels = blocks - b < PANELS ? blocks - b : PANELS;
-        unpack_chunk(kind, tiles + b / panels_of(f) * (int64_t)tile_bytes(f), panels, &chunk);
-        for (int m = 0, rows; m < M; m += rows) {
-            const int64_t at = (first + m) * x->stride + b;
-            rows = rows_at_once(M - m);
-            switch (rows) {
-            case 8: add_rows_8(meaning_of(f), &chunk, panels, x->q + at, x->sums + at, x->stride, y + m); break;
-            case 4: add_rows_4(meaning_of(f), &chunk, panels, x->q + at, x->sums + at, x->stride, y + m); break;
-            case 2: add_rows_2(meaning_of(f), &chunk, panels, x->q + at, x->sums + at, x->stride, y + m); break;
-            default: add_rows_1(meaning_of(f), &chunk, panels, x->q + at, x->sums + at, x->stride, y + m);
-            }
-        }
-    }
+/* y[rows, outputs] of sums, its rows ldy floats apart. */
+INLINE void put_sums(const floats *sums, int rows, float *y, int64_t ldy, int outputs) {
+    for (int r = 0; r < rows; r++) memcpy(y + r * ldy, &sums[r], outputs * sizeof(float));
 }
 
 #include "fp8_linear.c"
@@ -285,17 +208,20 @@ static void multiply_rows(int kind, const uint8_t *tiles, int K, const Activatio
  * first *outputs* are wanted; rows of y are ldy floats apart. */
 static void multiply_column(int kind, const uint8_t *tiles, int K, const Activations *x, int64_t first, int M,
                             float *y, int64_t ldy, int outputs) {
-    for (int m = 0; m < M; m += SUMS) {
-        const int rows = M - m < SUMS ? M - m : SUMS;
-        floats sums[SUMS];
-        memset(sums, 0, rows * sizeof(floats));
-        if (kind == FP8)
-            multiply_fp8(tiles, K, x->x + (first + m) * K, rows, sums);
-        else if (rows == 1)
-            sums[0] = multiply_row(kind, tiles, K, x, first + m);
-        else
-            multiply_rows(kind, tiles, K, x, first + m, rows, sums);
-        for (int r = 0; r < rows; r++) memcpy(y + (m + r) * ldy, &sums[r], outputs * sizeof(float));
+    if (kind == FP8) {
+        multiply_fp8(tiles, K, x->x + first * K, M, y, ldy, outputs);
+        return;
+    }
+    for (int m = 0, rows; m < M; m += rows) {
+        floats sums[ROWS];
+        rows = rows_at_once(M - m);
+        switch (rows) {
+        case 8: multiply_8(kind, tiles, K, x, first + m, sums); break;
+        case 4: multiply_4(kind, tiles, K, x, first + m, sums); break;
+        case 2: multiply_2(kind, tiles, K, x, first + m, sums); break;
+        default: multiply_1(kind, tiles, K, x, first + m, sums);
+        }
+        put_sums(sums, rows, y + m * ldy, ldy, outputs);
     }
 }
 
@@ -303,21 +229,21 @@ typedef struct {
     const uint8_t *tiles;
     Activations x;
     float *y;
-    int64_t ldy;
+    int64_t ldy, column_bytes;
     int kind, M, N, K;
 } Tiled;
 
 static void tiled_item(void *argument, int64_t item) {
     const Tiled *o = argument;
     const int left = o->N - (int)item * OUTPUTS, outputs = left < OUTPUTS ? left : OUTPUTS;
-    multiply_column(o->kind, o->tiles + item * column_bytes(o->kind, o->K), o->K, &o->x, 0, o->M,
-                    o->y + item * OUTPUTS, o->ldy, outputs);
+    multiply_column(o->kind, o->tiles + item * o->column_bytes, o->K, &o->x, 0, o->M, o->y + item * OUTPUTS, o->ldy, outputs);
 }
 
 /* y[M, N] = x[M, K] W^T for tiles of W; rows of y are ldy floats apart. Returns -1 without memory. */
 int cortex_tiled_linear(int kind, const uint8_t *tiles, const float *x, float *y, int64_t ldy, int M, int N,
                         int K, int threads) {
-    Tiled tiled = {tiles, {}, y, ldy, kind, M, N, K};
+    Tiled tiled = {tiles, {}, y, ldy, column_bytes(kind, K), kind, M, N, K};
+    if (!M) return 0; /* no memory is wanted then, and so none found */
     if (activate(kind, x, M, K, threads, &tiled.x)) return -1;
     for_each(threads, (N + OUTPUTS - 1) / OUTPUTS, tiled_item, &tiled);
     return 0;

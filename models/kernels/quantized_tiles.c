@@ -30,6 +30,8 @@ INLINE int64_t column_bytes(int kind, int K) {
     return (int64_t)K / format_of(kind).elements * tile_bytes(format_of(kind));
 }
 
+#define NUMBERS 16 /* small ones, the most that a block has */
+
 /* ---- packing ---- */
 
 /* The 32 codes of one output to their places in a panel of zeros, four at a time. */
@@ -50,19 +52,36 @@ INLINE void pack_codes(Format f, const uint8_t *codes, uint8_t *panel, int outpu
     for (int g = 0; f.high == 2 && g < 2; g++) memcpy(high + g * 64 + output * 4, &twos[g], 4);
 }
 
+/* The same for a block of 32 with codes of 4 bits or 5, as it is stored: bytes hold inputs 0 to 15 in
+ * their low halves, 16 to 31 in their high ones, and the fifth bits are in a row before them. */
+INLINE void pack_nibbles(Format f, const uint8_t *at, uint8_t *panel, int output) {
+    if (f.high) {
+        uint8_t *high = panel + OUTPUTS * BLOCK / 2;
+        uint32_t bits;
+        memcpy(&bits, at, 4);
+        at += 4;
+        for (int g = 0; g < GROUPS; g++) high[g * 8 + output / 2] |= (bits >> 4 * g & 15) << output % 2 * 4;
+    }
+    for (int eight = 0; eight < BLOCK / 8; eight++) {
+        uint64_t codes;
+        memcpy(&codes, at + eight % 2 * 8, 8);
+        codes = codes >> eight / 2 * 4 & 0x0f0f0f0f0f0f0f0full;
+        const uint32_t pairs = (uint32_t)(codes | codes >> 28);
+        memcpy(panel + eight * 64 + output * 4, &pairs, 4);
+    }
+}
+
 INLINE void pack_scales(int kind, const uint8_t *block, uint8_t *scales, int output) {
     const Format f = format_of(kind);
-    const int count = numbers_of(f);
-    uint8_t *at = scales + output;
-    for (int i = 0; i < count; i++) {
-        const int number = number_of_block(kind, block, i);
-        if (f.scales == SIX_BITS) {
-            at[i % (count / 2) * OUTPUTS] |= (number & 15) << i / (count / 2) * 4;
-            at[(count / 2 + i % (count / 4)) * OUTPUTS] |= number >> 4 << i / (count / 4) * 2;
-        } else {
-            at[i * OUTPUTS] = (uint8_t)number;
-        }
-    }
+    const int count = numbers_of(f), half = count / 2, quarter = count / 4;
+    uint8_t numbers[NUMBERS], *at = scales + output;
+    for (int i = 0; i < count; i++) numbers[i] = (uint8_t)number_of_block(kind, block, i);
+    for (int i = 0; f.scales != SIX_BITS && i < count; i++) at[i * OUTPUTS] = numbers[i];
+    for (int i = 0; f.scales == SIX_BITS && i < half; i++)
+        at[i * OUTPUTS] = (numbers[i] & 15) | numbers[half + i] << 4;
+    for (int i = 0; f.scales == SIX_BITS && i < quarter; i++)
+        at[(half + i) * OUTPUTS] = numbers[i] >> 4 | numbers[quarter + i] >> 4 << 2 |
+                                   numbers[half + i] >> 4 << 4 | numbers[half + quarter + i] >> 4 << 6;
     uint8_t *d = scales + OUTPUTS * (scale_bytes(f) - 2 - 2 * f.has_minimum) + 2 * output;
     memcpy(d, block + f.d, 2);
     if (f.has_minimum) memcpy(d + 2 * OUTPUTS, block + f.d + 2, 2);
@@ -70,10 +89,14 @@ INLINE void pack_scales(int kind, const uint8_t *block, uint8_t *scales, int out
 
 INLINE void pack_block(int kind, const uint8_t *block, uint8_t *tile, int output) {
     const Format f = format_of(kind);
-    uint8_t codes[SUPER];
-    codes_of_block(kind, block, codes);
-    for (int p = 0; p < panels_of(f); p++)
-        pack_codes(f, codes + p * BLOCK, tile + p * panel_bytes(f), output);
+    if (f.low == 4 && f.elements == BLOCK) {
+        pack_nibbles(f, block + 2 + 2 * f.has_minimum, tile, output);
+    } else {
+        uint8_t codes[SUPER];
+        codes_of_block(kind, block, codes);
+        for (int p = 0; p < panels_of(f); p++)
+            pack_codes(f, codes + p * BLOCK, tile + p * panel_bytes(f), output);
+    }
     pack_scales(kind, block, tile + panels_of(f) * panel_bytes(f), output);
 }
 
@@ -186,8 +209,6 @@ INLINE void unpack_codes(const Format f, const uint8_t *panel, bytes64 *codes) {
         }
     }
 }
-
-#define NUMBERS 16 /* the most that a block has */
 
 typedef struct {
     floats d, m;

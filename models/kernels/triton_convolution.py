@@ -17,6 +17,9 @@ from cortex.models.batch import Batch
 CHANNELS = 256
 """Channels that one program convolves."""
 
+LEAST_PADDED = 64
+"""Sequences that a step is looked up among at least: with fewer variants, fewer compile late."""
+
 
 @triton.jit
 def _sequence_of(token, starts, sequences, PADDED: tl.constexpr):
@@ -26,7 +29,9 @@ def _sequence_of(token, starts, sequences, PADDED: tl.constexpr):
     return tl.sum((ends <= token).to(tl.int32), 0)
 
 
-@triton.jit(do_not_specialize_on_alignment=["slots", "starts", "contexts"])
+@triton.jit(
+    do_not_specialize=["sequences"], do_not_specialize_on_alignment=["slots", "starts", "contexts"]
+)
 def _convolve(
     x,
     weight,
@@ -122,7 +127,7 @@ def causal_convolution(x: Tensor, weight: Tensor, kept: Tensor, batch: Batch) ->
         *(x, weight, kept, *where, y, x.stride(0), channels, sequences),
         KERNEL=kernel,
         CHANNELS=CHANNELS,
-        PADDED=triton.next_power_of_2(sequences),
+        PADDED=1 if is_step else max(LEAST_PADDED, triton.next_power_of_2(sequences)),
         IS_STEP=is_step,
         enable_fp_fusion=True,
     )

@@ -325,6 +325,25 @@ def can_compute(gate: ExpertMatrix, up: ExpertMatrix, down: ExpertMatrix) -> boo
     return len(parts) == 3 and parts[0].kind == parts[1].kind and all(map(serves, parts))
 
 
+def prepare(
+    *,
+    gate: ExpertMatrix,
+    up: ExpertMatrix,
+    down: ExpertMatrix,
+    dtype: torch.dtype,
+    is_batch_invariant: bool,
+) -> None:
+    """Compile every way that activations of *dtype* may go through these matrices."""
+    parts = (gate.parts[0], up.parts[0], down.parts[0])
+    x = torch.zeros((1, gate.columns), dtype=dtype, device=parts[0].data.device)
+    ids = torch.zeros((1, 2), dtype=torch.int64, device=x.device)
+    how = (torch.empty_like(x), x, ids, ids.float(), gate.experts, parts)
+    _pairs_by_expert(*how, FEW_ROWS)
+    if not is_batch_invariant:
+        _pairs_by_expert(*how, MANY_ROWS)
+        _pairs_by_themselves(*how)
+
+
 def experts(
     x: Tensor,
     ids: Tensor,

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from cortex.models.batch import Batch
 from cortex.models.kernels.reference_delta import CHUNK_TOKENS, DeltaHeads
+from cortex.models.kernels.triton_convolution import LEAST_PADDED
 
 FEW_TOKENS = 8
 """Tokens per sequence, on average, up to which they go one by one."""
@@ -133,7 +134,7 @@ def _rows(at, t, begin, stride, is_token, SIZE: tl.constexpr, BLOCK: tl.constexp
     return tl.load(place, mask=mask, other=0.0).to(tl.float32)
 
 
-@triton.jit(do_not_specialize_on_alignment=["starts"])
+@triton.jit(do_not_specialize=["sequences"], do_not_specialize_on_alignment=["starts"])
 def _solve_chunks(
     qkv,
     ba,
@@ -351,7 +352,7 @@ def chunk_delta_rule(
     constants = {**_constants(heads), "TOKENS": CHUNK_TOKENS, "BLOCK": BLOCK}
     _solve_chunks[(triton.cdiv(tokens, CHUNK_TOKENS) + sequences, heads.values)](
         *(qkv, ba, rate, bias, batch.query_starts, u, w, sequences),
-        PADDED=triton.next_power_of_2(sequences),
+        PADDED=max(LEAST_PADDED, triton.next_power_of_2(sequences)),
         **constants,
         num_warps=8,
         enable_fp_fusion=True,
@@ -362,7 +363,7 @@ def chunk_delta_rule(
         *(out, heads.key_dim**-0.5),
         **constants,
         COLUMNS=COLUMNS,
-        num_warps=8,
+        num_warps=4,
         num_stages=1,  # a load ahead of its turn would find a state that is not written yet
         enable_fp_fusion=True,
     )

@@ -7,13 +7,14 @@ is compared: a rank that has chosen something else has computed something else, 
 group can be trusted after that.
 
 A step's result is looked at when the next but one is told, as the first rank does: so no more than
-two are ever under way.
+two are ever under way. One that the engine gave up, since what came with it failed, is never told.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable
+from itertools import count
 
 from cortex.runtime.device.model_runner import Launched, Runner
 from cortex.runtime.device.plan_wire import Kind, PlanListener, ToldStep, with_masks
@@ -33,7 +34,8 @@ class Follower:
             "launch": PlanListener(),
             "hidden": PlanListener(),
         }
-        self._flights: deque[Launched] = deque()
+        self._launches = count()
+        self._flights: deque[tuple[int, Launched]] = deque()
 
     def step(self, told: ToldStep, next_message: Callable[[], bytes]) -> None:
         """Make a step; *next_message* waits for that of its masks. Raise DeviceLost."""
@@ -55,15 +57,20 @@ class Follower:
     def _launch(self, plan: StepPlan, next_message: Callable[[], bytes] | None) -> None:
         rows = rows_without_masks(plan)
         if next_message is None:
-            self._flights.append(self._runner.launch(plan, rows))
+            self._note(self._runner.launch(plan, rows))
             return
         late = LateRows(lambda: with_masks(rows, next_message()))
-        self._flights.append(self._runner.launch(plan, late))
+        self._note(self._runner.launch(plan, late))
         late.make_now()  # before the next message
 
-    def _compare(self, chosen: list[list[int]]) -> None:
-        for tokens in chosen:
-            found = tokens_of(self._flights.popleft().result())
+    def _note(self, launched: Launched) -> None:
+        self._flights.append((next(self._launches), launched))
+
+    def _compare(self, chosen: list[tuple[int, list[int]]]) -> None:
+        for number, tokens in chosen:
+            while self._flights[0][0] < number:  # nobody waited for it
+                self._flights.popleft()
+            found = tokens_of(self._flights.popleft()[1].result())
             if found != tokens:
                 raise RanksDiverged(
                     f"ranks diverged in {self.model}: "

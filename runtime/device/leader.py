@@ -20,6 +20,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import count
 
 from torch import Tensor
 
@@ -45,14 +46,15 @@ Broadcast = Callable[[bytes], None]
 class ToldLaunch:
     """A step that goes on, on all ranks; what it chooses is noted for the next one."""
 
+    number: int
     launched: Launched
-    landed: list[list[int]]
+    landed: list[tuple[int, list[int]]]
 
     def result(self) -> list[Chosen]:
         """Wait for it, and return what each row chose."""
         with _fatal():
             chosen = self.launched.result()
-        self.landed.append(tokens_of(chosen))
+        self.landed.append((self.number, tokens_of(chosen)))
         return chosen
 
 
@@ -64,7 +66,8 @@ class Leader:
         self._runner = runner
         self._broadcast = broadcast
         self._tellers: dict[Kind, PlanTeller] = {"launch": PlanTeller(), "hidden": PlanTeller()}
-        self._landed: list[list[int]] = []  # and not told yet
+        self._launches = count()
+        self._landed: list[tuple[int, list[int]]] = []  # and not told yet
 
     @property
     def vocab_size(self) -> int:
@@ -83,12 +86,12 @@ class Leader:
         with _fatal():
             if not isinstance(rows, LateRows):
                 self._tell("launch", plan)
-                return ToldLaunch(self._runner.launch(plan, rows), self._landed)
+                return self._noted(self._runner.launch(plan, rows))
             self._tell("launch", plan, has_masks=True)
             telling = LateRows(lambda: self._with_masks_told(rows))
             launched = self._runner.launch(plan, telling)
             telling.make_now()  # before the next message
-            return ToldLaunch(launched, self._landed)
+            return self._noted(launched)
 
     def hidden(self, plan: StepPlan) -> Tensor:
         """Tell *plan*, and compute it here -> [T, H] float32."""
@@ -108,6 +111,9 @@ class Leader:
         )
         self._broadcast(encode_step(told))
         self._landed.clear()
+
+    def _noted(self, launched: Launched) -> ToldLaunch:
+        return ToldLaunch(next(self._launches), launched, self._landed)
 
     def _with_masks_told(self, rows: Sequence[Row]) -> list[Row]:
         made = list(rows)

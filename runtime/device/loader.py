@@ -222,22 +222,7 @@ class Loader:
         self, command: LoadModel, membership: Membership | None, shared: SharedLoad | None
     ) -> Loaded | FollowerLoaded:
         began = self._clock()
-        look = shared.look if shared else lambda: None
-        progress = Progress(command, self._clock, self._memory, self._report, look)
-
-        def on_progress(bytes_done: int, bytes_total: int) -> None:
-            self.beat(Activity.LOADING)
-            progress.tell(bytes_done, bytes_total)
-
-        model = self._load_model(
-            Path(command.path),
-            device=self._device,
-            dtype=command.dtype,
-            on_progress=on_progress,
-            quant=command.quant,
-            group=shared.begin() if shared else ALONE,
-            cache_directory=Path(command.quant_cache) if command.quant_cache else None,
-        )
+        model = self._read(command, shared)
         self.beat(Activity.LOADING)
         workspace = self._workspace(command, model)
         reclaim(self._device)  # what measuring left with torch's allocator counts as taken
@@ -255,11 +240,33 @@ class Loader:
         beyond = max(0, runner.buffer_bytes - workspace.graph_bytes)
         footprint = Footprint(model.weights_bytes, cache.bytes, limits.workspace_bytes + beyond)
         share = self._share(membership, shared)
-        self._memory.hold(command.model, footprint)
         event = _model_loaded(command, limits, footprint, self._clock() - began)
+        loaded: Loaded | FollowerLoaded
         if share is not None and share.membership.place.rank:
-            return FollowerLoaded(Follower(command.model, runner), event, share)
-        return Loaded(self._engine(command, model, runner, limits, share), event, share)
+            loaded = FollowerLoaded(Follower(command.model, runner), event, share)
+        else:
+            loaded = Loaded(self._engine(command, model, runner, limits, share), event, share)
+        self._memory.hold(command.model, footprint)
+        return loaded
+
+    def _read(self, command: LoadModel, shared: SharedLoad | None) -> ServableModel:
+        """Read the weights, of a *shared* model this rank's part of them."""
+        look = shared.look if shared else lambda: None
+        progress = Progress(command, self._clock, self._memory, self._report, look)
+
+        def on_progress(bytes_done: int, bytes_total: int) -> None:
+            self.beat(Activity.LOADING)
+            progress.tell(bytes_done, bytes_total)
+
+        return self._load_model(
+            Path(command.path),
+            device=self._device,
+            dtype=command.dtype,
+            on_progress=on_progress,
+            quant=command.quant,
+            group=shared.begin() if shared else ALONE,
+            cache_directory=Path(command.quant_cache) if command.quant_cache else None,
+        )
 
     def _share(self, membership: Membership | None, shared: SharedLoad | None) -> Share | None:
         """Return this rank's part of a model that can step on all of them by now."""

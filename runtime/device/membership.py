@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 from cortex.ipc.descriptors import Descriptor
 from cortex.ipc.messages import Event, GroupJoined, ModelLoaded
-from cortex.ipc.plan_ring import PlanReader, PlanWriter
+from cortex.ipc.plan_ring import SLOTS, PlanReader, PlanWriter
 from cortex.runtime.device.collectives import RankCollectives
 from cortex.runtime.device.follower import Follower
 from cortex.runtime.device.plan_wire import ToldStep, decode_step
@@ -50,8 +50,9 @@ class Membership:
 
         Return False where a step has to wait for one that is *loading*: nothing is forgotten then.
         """
-        while self.follow(loading):
-            pass
+        for _ in range(1 + SLOTS):  # no more can wait; the other models are told new ones meanwhile
+            if not self.follow(loading):
+                break
         if self._told is not None:
             return False
         self._followers.pop(model, None)

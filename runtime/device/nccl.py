@@ -8,6 +8,10 @@ the step: in the order of the stream, captured with the graph that the step is, 
 The library is the one that torch has loaded. What is called, and the numbers of types and
 operations, are those of nccl.h, unchanged since 2.19 (float8 since 2.24).
 
+NCCL connects its ranks at the first call that needs it: a new communicator makes one of each kind
+at once, so that no connection is made while a graph is captured, and what they take is taken before
+anybody counts what is free.
+
 A rank that dies is not noticed by the kernels of the others, which go on waiting on the device: it
 is the supervisor who ends them.
 """
@@ -15,6 +19,7 @@ is the supervisor who ends them.
 from __future__ import annotations
 
 import ctypes
+import os
 import threading
 from ctypes import POINTER, byref, c_char, c_char_p, c_int, c_size_t, c_void_p
 from datetime import timedelta
@@ -45,6 +50,13 @@ TYPES = {
     torch.float8_e5m2: 11,
 }
 ID_WAITS_SECONDS = 120.0
+SETTINGS = {
+    "NCCL_GRAPH_REGISTER": "0",  # it has the ranks wait for each other within a capture
+    "NCCL_SOCKET_IFNAME": "lo",  # all of them are on this host
+}
+"""Unless the environment says otherwise."""
+CONNECTING_ELEMENTS = (1, 1 << 14, 1 << 18, 1 << 22)
+"""Of sums and gathers for which NCCL has different algorithms."""
 _log = structlog.get_logger()
 
 
@@ -69,6 +81,8 @@ _SIGNATURES: dict[str, tuple[object, ...]] = {
 @cache
 def library() -> ctypes.CDLL:
     """Return NCCL, loaded once per process; raise DeviceLost where this host has none."""
+    for name, value in SETTINGS.items():
+        os.environ.setdefault(name, value)
     for name in ("libnccl.so.2", *_wheel_libraries()):
         try:
             nccl = ctypes.CDLL(name)
@@ -123,7 +137,21 @@ class NcclCollectives:
             identity = bytes.fromhex(store.get("id").decode())
         except RuntimeError as exc:
             raise PeerLost("the first rank did not come to meet the others") from exc
-        return cls(identity, device, rank, ranks)
+        made = cls(identity, device, rank, ranks)
+        made.connect()
+        return made
+
+    def connect(self) -> None:
+        """Make all connections; every rank does. Raise PeerLost."""
+        try:
+            for elements in CONNECTING_ELEMENTS:
+                x = torch.zeros((1, elements), dtype=torch.bfloat16, device=self._device)
+                self.all_gather(self.all_reduce(x))
+            self._wait()
+            self.check()
+        except PeerLost:
+            self.abort()
+            raise
 
     def all_reduce(self, x: Tensor) -> Tensor:
         """Sum contiguous *x* over the ranks, in place, and return it; the same bits on all."""
@@ -185,6 +213,9 @@ class NcclCollectives:
 
     def _stream(self) -> int:
         return torch.cuda.current_stream(self._device).cuda_stream
+
+    def _wait(self) -> None:
+        torch.cuda.current_stream(self._device).synchronize()
 
 
 def _check(result: int, what: str) -> None:

@@ -67,8 +67,8 @@ class ToldStep(msgspec.Struct, frozen=True, array_like=True):
     snapshots: list[tuple[int, int]]
     has_masks: bool
     """Whether a message with those of its rows follows."""
-    chosen: list[list[int]]
-    """What steps that have landed since the last message chose, row by row, in order."""
+    chosen: list[tuple[int, list[int]]]
+    """Which launches have landed since the last message, and what they chose, row by row."""
 
 
 @dataclass(slots=True)

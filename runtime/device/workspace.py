@@ -33,6 +33,7 @@ from cortex.runtime.device.step_plan import PlannedSequence, StepPlan
 
 _PROBE_TOKENS = 4, 8
 _CHUNK_PROBE_TOKENS = 64, 128  # recurrent layers compute by chunks: of whole ones memory is a line
+_GPU_PROBE_TOKENS = 256, 512  # a GPU unpacks weights for so many, and sorts them by expert
 _PROBE_CONTEXT_TOKENS = 4096  # a straight line from here on
 _LOGIT_BYTES = 4
 _POOL_SLACK = 1.25  # torch's allocator rounds up, and splits what it has
@@ -117,25 +118,35 @@ def measure_workspace(
     *graph_rows* are the numbers of rows that decode steps will be captured of.
     """
     far = min(_PROBE_CONTEXT_TOKENS, model.max_position_embeddings)
-    probes = _CHUNK_PROBE_TOKENS if model.caches.state else _PROBE_TOKENS
+    probes = probe_tokens(device.type, has_states=model.caches.state is not None)
     near = min(probes[-1], far)
     cache = model.new_cache(1, BLOCK_TOKENS, 1)
     if device.type == "cpu" and (kept := _foretell_buffers(model, cache, near, token_budget)):
         return Workspace(kept + beside_bytes, bytes_per_context_token=0)
     runner = ModelRunner(model, cache, device, is_recorded=False)
-    _run(runner, near, near)  # uncounted: the first step of a shape may try out and compile kernels
+    for count in {min(_PROBE_TOKENS[-1], near), near}:
+        _run(runner, count, near)  # uncounted: a first step may try out and compile kernels
     foretell = partial(_foretell, runner, probes=probes)
     at_near, at_far = (foretell(token_budget, context) for context in (near, far))
     growth = max(0, at_far - at_near) // max(1, far - near)
     graph_bytes = 0
     if graph_rows:
         logits_bytes = sum(graph_rows) * model.vocab_size * _LOGIT_BYTES
-        graph_bytes = logits_bytes + int(_POOL_SLACK * foretell(max(graph_rows), far))
+        rows = max(graph_rows)
+        few = foretell if rows >= probes[0] else partial(_foretell, runner, probes=_PROBE_TOKENS)
+        graph_bytes = logits_bytes + int(_POOL_SLACK * few(rows, far))
     return Workspace(
         fixed_bytes=max(0, at_near - growth * near) + beside_bytes + graph_bytes,
         bytes_per_context_token=growth,
         graph_bytes=graph_bytes,
     )
+
+
+def probe_tokens(device_type: str, *, has_states: bool) -> tuple[int, int]:
+    """Return the tokens of two small steps that do what a large one does."""
+    if device_type == "cuda":
+        return _GPU_PROBE_TOKENS
+    return _CHUNK_PROBE_TOKENS if has_states else _PROBE_TOKENS
 
 
 def _foretell_buffers(model: ServableModel, cache: KVCache, context: int, tokens: int) -> int:

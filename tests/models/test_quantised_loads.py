@@ -323,8 +323,9 @@ def test_logits_of_8_bit_floats_equal_transformers_on_the_same_values(
     torch.testing.assert_close(logits, expected, rtol=1e-4, atol=1e-4)
 
 
-def test_8_bit_floats_are_cut_where_their_blocks_end(tmp_path: Path) -> None:
-    as_fp8(tmp_path, intermediate_size=512)
+@pytest.mark.parametrize("inner", [512, 384])
+def test_8_bit_floats_are_cut_where_their_blocks_end(tmp_path: Path, inner: int) -> None:
+    as_fp8(tmp_path, intermediate_size=inner)
     whole = matrices(load(tmp_path))
 
     for rank in range(2):

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cortex.models.checkpoints.errors import CheckpointError
+from cortex.models.linear import Projection
 from cortex.models.loaded_model import LoadedModel
 from cortex.models.parallel import Group
 from rank_threads import ThreadCollectives, on_ranks
@@ -33,6 +34,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
 }
 WIDE: dict[str, Any] = {"head_dim": 32, "intermediate_size": 128, "moe_intermediate_size": 128}
 """Sizes whose quarters are whole blocks of 32."""
+THREE: dict[str, Any] = {
+    "hidden_size": 256,
+    "head_dim": 128,
+    "intermediate_size": 768,
+    "moe_intermediate_size": 768,
+    "num_hidden_layers": 2,
+}
+"""Sizes whose halves are whole blocks of 256, but for the inner ones of 3."""
+
+
+def ranks_of(model_type: str, at: int) -> int:
+    """Return 2 and 4 in turn, so that each architecture and each of its variants has both."""
+    return (2, 4)[(ARCHITECTURES.index(model_type) + at) % 2]
 
 
 def steps_of(model: LoadedModel, *, is_recorded: bool = False) -> list[Tensor]:
@@ -64,9 +78,10 @@ def assert_equal_to_one_rank(path: Path, reference: Any, ranks: int) -> None:
     torch.testing.assert_close(by_rank[0][0], expected, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("variant", VARIANTS)
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("model_type", "variant", "ranks"),
+    [(m, v, ranks_of(m, at)) for m in ARCHITECTURES for at, v in enumerate(VARIANTS)],
+)
 def test_ranks_give_the_logits_of_one(
     tmp_path: Path, model_type: str, variant: str, ranks: int
 ) -> None:
@@ -75,9 +90,10 @@ def test_ranks_give_the_logits_of_one(
     assert_equal_to_one_rank(tmp_path, reference, ranks)
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-@pytest.mark.parametrize("kind", ["F16", "Q8_0"])
-@pytest.mark.parametrize("model_type", ARCHITECTURES)
+@pytest.mark.parametrize(
+    ("model_type", "kind", "ranks"),
+    [(m, k, ranks_of(m, at)) for m in ARCHITECTURES for at, k in enumerate(("F16", "Q8_0"))],
+)
 def test_ranks_of_a_gguf_file_give_the_logits_of_one(
     tmp_path: Path, model_type: str, kind: str, ranks: int
 ) -> None:
@@ -98,6 +114,23 @@ def test_ranks_with_packed_products_give_the_logits_of_one(tmp_path: Path, model
         assert torch.equal(logits, others)
         torch.testing.assert_close(logits, of_one, rtol=2e-3, atol=2e-3)
         assert torch.cosine_similarity(logits.flatten(), of_one.flatten(), dim=0) > 0.99999
+
+
+@pytest.mark.parametrize(("model_type", "word"), [("llama", "mlp"), ("qwen3_moe", "experts")])
+def test_ranks_that_share_three_blocks_give_the_logits_of_one(
+    tmp_path: Path, model_type: str, word: str
+) -> None:
+    reference = random_model(model_type, **THREE)
+    write_gguf(tmp_path / "tiny.gguf", reference, "Q4_K")
+
+    for rank, inner in enumerate((512, 256)):
+        held = loaded(tmp_path / "tiny.gguf", group=Group(rank, 2)).module
+        assert [
+            child.weight.columns if isinstance(child, Projection) else child.columns
+            for name, child in held.named_modules()
+            if name.endswith(f"{word}.down_proj")
+        ] == [inner] * 2
+    assert_equal_to_one_rank(tmp_path / "tiny.gguf", reference, 2)
 
 
 @pytest.mark.parametrize("model_type", ARCHITECTURES)

@@ -22,6 +22,7 @@ from cortex.ipc.engine_options import EngineOptions
 from cortex.ipc.errors import NodeFailed
 from cortex.ipc.heartbeat import HeartbeatPage
 from cortex.ipc.messages import Ping, Pong
+from cortex.ipc.post import Post
 from cortex.ipc.ring import Flag, TokenRing
 from cortex.ipc.taps import Tap
 from cortex.runtime import fork_server
@@ -111,7 +112,7 @@ def _title(pid: int | None) -> str:
 @pytest.fixture
 def unheard() -> Iterator[dict[str, object]]:
     """Arguments of a child that nobody listens to."""
-    ring, heartbeat = TokenRing(8), HeartbeatPage()
+    ring, heartbeat, post = TokenRing(8), HeartbeatPage(), Post()
     yield {
         "device_name": "cpu:9",
         "memory_bytes": 1,
@@ -123,9 +124,11 @@ def unheard() -> Iterator[dict[str, object]]:
         "log_level": "info",
         "test_faults": "",
         "options": EngineOptions(),
+        "post": post.letters,
     }
     ring.close()
     heartbeat.close()
+    post.close()
 
 
 async def _has_restarted(device: DeviceProcess, before: int | None) -> None:

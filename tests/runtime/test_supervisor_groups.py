@@ -1,8 +1,12 @@
 """Models that several devices share: where they go, how they come and go, what a lost rank does."""
 
 import asyncio
+import fcntl
+import os
+import shutil
 from collections.abc import AsyncIterator, Callable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -103,6 +107,47 @@ async def test_a_group_is_joined_once_for_all_its_models(neuron: Neuron) -> None
 
     assert ops(neuron.lives.now(1)).count("join_group") == 1
     assert ops(neuron.lives.now(1)).count("load_model") == 2
+
+
+async def test_where_ranks_meet_is_locked_against_who_cleans_up_old_files(neuron: Neuron) -> None:
+    await shares(neuron)
+
+    meetings = os.open(_meetings(neuron, 0), os.O_RDONLY)
+    with pytest.raises(BlockingIOError):
+        fcntl.flock(meetings, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    os.close(meetings)
+
+
+async def test_where_ranks_met_may_be_deleted_before_others_meet(neuron: Neuron) -> None:
+    await shares(neuron)
+    shutil.rmtree(_meetings(neuron, 0))
+
+    model = await shares(neuron, B, devices=[2, 3])
+
+    assert model.status == "loaded"
+    assert _meetings(neuron, 2).is_dir()
+
+
+async def test_of_a_group_that_is_gone_the_files_go_and_their_directory_stays(
+    neuron: Neuron,
+) -> None:
+    await shares(neuron)
+    meeting = _meeting(neuron, 0)
+    (meeting / "store").touch()
+    await neuron.supervisor.unload(A)
+
+    await shares(neuron, B, devices=[1, 2])
+
+    assert meeting.is_dir()
+    assert not (meeting / "store").exists()
+
+
+def _meetings(neuron: Neuron, index: int) -> Path:
+    return _meeting(neuron, index).parent
+
+
+def _meeting(neuron: Neuron, index: int) -> Path:
+    return Path(neuron.lives.now(index).last(JoinGroup).meeting)
 
 
 async def test_requests_go_to_the_rank_0_alone(neuron: Neuron) -> None:

@@ -8,10 +8,19 @@ from pathlib import Path
 import gguf
 import pytest
 import torch
-from perplexity import DENSE, Measured, compare, log_probabilities, requantised, table, tokens_of
+from perplexity import (
+    DENSE,
+    Measured,
+    compare,
+    log_probabilities,
+    main,
+    requantised,
+    table,
+    tokens_of,
+)
 from perplexity_text import TEXT
 
-from tiny_hybrids import saved_hybrid
+from tiny_hybrids import random_hybrid, saved_hybrid, write_hybrid_gguf
 from tiny_models import loaded, random_llama, reference_logits, some_tokens, write_gguf
 
 TOKENS = some_tokens(90)
@@ -75,6 +84,41 @@ def test_a_file_is_stored_anew_with_the_loss_of_the_format(
         loss = ((now - was).norm() / was.norm()).item()
         assert loss <= (MOST[kind] if was.dim() == 2 else 0)
         assert was.dim() == 1 or kind == DENSE or loss > MOST[kind] / 4
+
+
+def test_what_no_converter_quantises_stays_float32(tmp_path: Path) -> None:
+    source, target = tmp_path / "hybrid.gguf", tmp_path / "again.gguf"
+    write_hybrid_gguf(source, random_hybrid("qwen3_5_moe_text"), "F32")
+
+    requantised(source, target, "Q8_0")
+
+    kinds = {
+        t.name: t.tensor_type.name for t in gguf.GGUFReader(target).tensors if len(t.shape) > 1
+    }
+    kept = {name.split(".")[2] for name, kind in kinds.items() if kind == DENSE}
+    assert kept == {"ssm_conv1d", "ffn_gate_inp"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--model", "/"], "perplexity: /: is no regular file"),
+        (["--tokens", "1"], "argument --tokens: a number from 2 on"),
+        (["--tokens", "-3"], "argument --tokens: a number from 2 on"),
+    ],
+)
+def test_what_cannot_be_measured_is_refused_in_words(
+    arguments: list[str],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr("sys.argv", ["perplexity", *arguments])
+
+    with pytest.raises(SystemExit) as ended:
+        main()
+
+    assert words in f"{ended.value}{capsys.readouterr().err}"
 
 
 def test_the_rest_of_what_a_file_says_stays(tiny: Path, tmp_path: Path) -> None:

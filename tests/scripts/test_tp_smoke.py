@@ -36,3 +36,10 @@ def test_a_step_that_fails_is_named_with_its_reason(arguments: list[str], words:
 
     assert ended.returncode == 1
     assert f"status=failed {words}" in ended.stdout.splitlines()[-1]
+
+
+def test_what_is_no_device_is_refused_before_anything_starts() -> None:
+    ended = smoke("--devices", "cpu:0,gpu:1")
+
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert "argument --devices: expected cpu:N or cuda:N, not cpu:0,gpu:1" in ended.stderr

@@ -18,7 +18,7 @@ from cortex.models.checkpoints.config import config_of, generation_config_of
 from cortex.models.checkpoints.errors import CheckpointError
 from cortex.models.checkpoints.gguf import GGUFFile
 from cortex.models.checkpoints.names import is_derived, parameter_name
-from cortex.models.checkpoints.sizes import kv_bytes_per_token
+from cortex.models.checkpoints.sizes import context_tokens, kv_bytes_per_token
 from cortex.models.checkpoints.tensors import TensorInfo
 from cortex.models.llama import LlamaConfig
 from cortex.models.mixture import MixtureShape
@@ -188,6 +188,81 @@ def test_a_variant_a_gguf_file_can_say_reaches_the_one_who_refuses_it(
 )
 def test_scaled_rotary_positions_are_read(metadata: dict[str, Any], scaling: Any) -> None:
     assert LlamaConfig.from_json(config(metadata)).rope.scaling == scaling
+
+
+HYBRID_METADATA = {
+    **{f"qwen35.{name.partition('.')[2]}": value for name, value in METADATA.items()},
+    "general.architecture": "qwen35",
+    "qwen35.block_count": 4,
+    "qwen35.nextn_predict_layers": 1,
+    "qwen35.attention.head_count_kv": 2,
+    **{f"qwen35.ssm.{name}": 4 for name in ("conv_kernel", "state_size", "group_count")},
+    "qwen35.ssm.time_step_rank": 4,
+    "qwen35.ssm.inner_size": 16,
+}
+
+
+def hybrid_config(metadata: dict[str, Any]) -> dict[str, Any]:
+    return config_of(GGUFFile(Path("a.gguf"), {**HYBRID_METADATA, **metadata}, {}))
+
+
+def test_a_hybrid_may_say_of_each_layer_whether_it_has_a_state() -> None:
+    found = hybrid_config({"qwen35.attention.recurrent_layers": [True, False, True, False]})
+
+    kinds = ["linear_attention", "full_attention", "linear_attention"]  # the last block drafts
+    assert found["layer_types"] == kinds
+    assert "layer_types" not in hybrid_config({})
+
+
+def test_a_hybrid_may_say_the_key_value_heads_of_each_layer() -> None:
+    found = hybrid_config({"qwen35.attention.head_count_kv": [0, 0, 2, 0]})
+
+    assert found["num_key_value_heads"] == 2
+
+
+@pytest.mark.parametrize("heads", [[0, 0], [], [2, 4], [0, -2], ["2"], [2.0], [True]])
+def test_layers_with_other_key_value_heads_are_refused(heads: list[Any]) -> None:
+    with pytest.raises(CheckpointError, match=r"head_count_kv is .*, not a positive"):
+        hybrid_config({"qwen35.attention.head_count_kv": heads})
+
+
+def test_heads_of_each_layer_are_for_hybrids_alone() -> None:
+    with pytest.raises(CheckpointError, match=r"head_count_kv is .*, not a positive"):
+        config({"llama.attention.head_count_kv": [0, 2, 2]})
+
+
+STRETCHED = {"type": "yarn", "factor": 4.0, "original_max_position_embeddings": 128}
+
+
+@pytest.mark.parametrize(
+    ("rope", "tokens"),
+    [
+        ({"rope_scaling": STRETCHED}, 512),
+        ({"rope_scaling": {**STRETCHED, "type": None, "rope_type": "yarn"}}, 512),
+        ({"rope_parameters": STRETCHED}, 512),
+        ({"rope_scaling": {**STRETCHED, "factor": 2.5}}, 320),
+        ({"rope_scaling": {**STRETCHED, "factor": 1}}, 160),  # less than it was trained on
+        ({"rope_scaling": {**STRETCHED, "type": "linear"}}, 160),
+        ({"rope_scaling": {"type": "yarn", "factor": 4.0}}, 160),
+        ({"rope_scaling": {**STRETCHED, "factor": None}}, 160),
+        ({"rope_scaling": {**STRETCHED, "factor": "4"}}, 160),
+        ({"rope_scaling": {**STRETCHED, "factor": math.nan}}, 160),
+        ({"rope_scaling": {**STRETCHED, "factor": 1 << 20}}, 160),  # damaged
+        ({"rope_scaling": {**STRETCHED, "original_max_position_embeddings": 10**400}}, 160),
+        ({"rope_scaling": "yarn"}, 160),
+        ({"rope_scaling": None}, 160),
+    ],
+)
+def test_a_model_was_made_for_the_context_that_yarn_stretches_to(
+    rope: dict[str, Any], tokens: int
+) -> None:
+    assert context_tokens({"max_position_embeddings": 160, **rope}) == tokens
+
+
+def test_a_gguf_file_that_names_no_context_to_stretch_was_stretched_before() -> None:
+    said = {**YARN, "llama.rope.scaling.original_context_length": 512}
+
+    assert (context_tokens(config(YARN)), context_tokens(config(said))) == (512, 2048)
 
 
 def with_factors(path: Path, kind: str, size: int, metadata: dict[str, Any]) -> dict[str, Any]:

@@ -152,16 +152,49 @@ def test_what_ranks_cannot_share_is_said(
 def test_blocks_are_never_cut(checkpoints: Mapping[str, Path]) -> None:
     checkpoint = Checkpoint.open(checkpoints["llama.gguf"])
     name = "blk.0.ffn_down.weight"
-    narrow = replace(checkpoint.tensors[name], shape=(64, 96))
+    narrow = replace(checkpoint.tensors[name], shape=(64, 32))
     checkpoint = replace(checkpoint, tensors={**checkpoint.tensors, name: narrow})
 
-    with pytest.raises(Indivisible, match=r"3 blocks of 32 columns of layers.0.mlp.down_proj"):
+    with pytest.raises(Indivisible, match=r"1 blocks of 32 columns of layers.0.mlp.down_proj"):
         weights_of_rank(checkpoint, Sharing(2))
+
+
+def test_the_first_ranks_hold_one_more_of_blocks_that_do_not_divide(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> None:
+    base, sizes = tmp_path_factory.mktemp("uneven"), {**ROOMY, "intermediate_size": 96}
+    inner = {"moe_intermediate_size": 224, "shared_expert_intermediate_size": 160}
+    saved_model(base / "llama", "llama", **sizes)
+    write_gguf(base / "llama.gguf", random_model("llama", **sizes), "Q8_0")
+    write_gguf(base / "moe.gguf", random_model("qwen3_moe", **sizes, **inner), "Q4_0")
+    write_hybrid_gguf(base / "next.gguf", random_hybrid("qwen3_next", **ROOMY, **inner), "Q8_0")
+
+    quants = {"llama": "q4_1", "llama.gguf": None, "moe.gguf": None, "next.gguf": None}
+    for name, quant in quants.items():
+        checkpoint = Checkpoint.open(base / name)
+        expected = [weights_of_rank(checkpoint, Sharing(2, quant, rank=rank)) for rank in (0, 1)]
+
+        found = [weights_bytes(held(base / name, rank, 2, quant=quant)) for rank in (0, 1)]
+
+        assert found == expected
+        assert found[0] > found[1]
+        assert weights_of_rank(checkpoint, Sharing(2, quant)) == found[0]
+
+
+def test_inner_sizes_of_whole_blocks_need_not_divide(checkpoints: Mapping[str, Path]) -> None:
+    config = Checkpoint.open(checkpoints["llama"]).config | {"intermediate_size": 3 * 37}
+
+    check_divides(config, 2, block=37)
+    with pytest.raises(Indivisible, match="111 inner elements of the MLP do not divide"):
+        check_divides(config, 4, block=37)
+    with pytest.raises(Indivisible, match="111 key heads of the delta rule do not divide"):
+        check_divides(config | {"linear_num_key_heads": 111}, 2, block=37)
 
 
 def test_what_nobody_has_heard_of_is_held_by_every_rank() -> None:
     assert split_of("layers.0.self_attn.k_proj.bias") == "kv_heads"
-    assert split_of("layers.0.mlp.experts.7.down_proj.weight") == "columns"
+    assert split_of("layers.0.mlp.experts.7.down_proj.weight") == "inner_columns"
+    assert split_of("layers.0.self_attn.o_proj.weight") == "columns"
     assert split_of("layers.0.linear_attn.A_log") == "rows"
     assert split_of("layers.0.novelty.weight") == "whole"
 

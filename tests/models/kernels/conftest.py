@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import platform
 from collections.abc import Iterator
 
@@ -24,15 +25,23 @@ def kernels() -> cpu.CpuKernels:
 
 
 @pytest.fixture(scope="session")
-def other_kernels(tmp_path_factory: pytest.TempPathFactory) -> dict[str, cpu.CpuKernels]:
-    """The same source for older CPUs of this kind."""
-    compiled = {}
-    for name, flags in OLDER.get(platform.machine(), {}).items():
-        path = tmp_path_factory.mktemp("kernels") / f"{name}.so"
-        kept = [flag for flag in compiler.FLAGS if flag not in {compiler.NATIVE, "-O3"}]
-        compiler._run("cc", *kept, "-O1", *flags, "-o", str(path), str(compiler.SOURCE), "-lm")
-        compiled[name] = cpu.CpuKernels(ctypes.CDLL(str(path)))
-    return compiled
+def other_kernels() -> dict[str, cpu.CpuKernels]:
+    """The same source for older CPUs of this kind; kept as the library is, for the next run too."""
+    return {
+        name: cpu.CpuKernels(_compiled_with(flags))
+        for name, flags in OLDER.get(platform.machine(), {}).items()
+    }
+
+
+def _compiled_with(flags: list[str]) -> ctypes.CDLL:
+    """Compile once, whatever other processes of this run do: it takes half a minute of a CPU."""
+    directory = compiler.cache_directory()
+    directory.mkdir(parents=True, exist_ok=True, mode=0o700)
+    kept = [flag for flag in compiler.FLAGS if flag not in {compiler.NATIVE, "-O3"}]
+    with (directory / "tests.lock").open("w") as lock, pytest.MonkeyPatch.context() as patch:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        patch.setattr(compiler, "FLAGS", (*kept, "-O1", *flags))
+        return compiler.load_library()
 
 
 @pytest.fixture(scope="module")

@@ -63,6 +63,18 @@ def test_fla_computes_the_rule_with_our_states() -> None:
     assert max(differences) < 5e-5
 
 
+def test_what_a_slot_held_before_is_nothing_to_a_sequence_that_begins() -> None:
+    heads = DeltaHeads(2, 2, 16, 8)
+    batch = delta_cases.step([(0, 70)])
+    qkv, ba = delta_cases.adversarial("random", 70, heads)
+    rate, bias = delta_cases.parameters(heads)
+    states = torch.full((delta_cases.SLOTS, 2, 16, 8), torch.nan)
+
+    out = by_fla(fake_fla)(qkv, ba, rate, bias, states=states, heads=heads, batch=batch)
+
+    assert bool(out.isfinite().all())
+
+
 def test_fla_serves_where_it_is_right(chosen: Callable[[Any], Any]) -> None:
     assert chosen(fake_fla) is not None
 

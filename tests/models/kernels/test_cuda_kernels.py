@@ -170,6 +170,64 @@ def test_products_are_prepared_once_for_each_shape_and_every_number_of_rows(
     assert asked == [("Q4_0", n, m, 32) for n in (6, 5) for m in rows]
 
 
+def test_experts_are_prepared_once_for_each_type_and_shape(monkeypatch: pytest.MonkeyPatch) -> None:
+    from cortex.models.kernels import triton_experts
+
+    prepared = []
+    monkeypatch.setattr(triton_experts, "prepare", lambda **layer: prepared.append(layer["gate"]))
+    monkeypatch.setattr(cuda, "kernels", lambda: CudaKernels(object()))
+    layers = [
+        random_experts(kinds, experts=2, hidden=32, inner=inner)[1]
+        for kinds, inner in (
+            (("Q4_0",) * 3, 64),
+            (("Q4_0",) * 3, 64),
+            (("Q4_0",) * 3, 32),
+            (("Q4_0", "Q8_0", "Q4_0"), 64),  # the reference's
+        )
+    ]
+
+    cuda.prepare_experts(layers, torch.float32, is_batch_invariant=False)
+
+    assert prepared == [layers[1]["gate"], layers[2]["gate"]]
+
+
+def test_experts_that_are_given_back_are_not_prepared(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cuda, "kernels", lambda: CudaKernels(object(), frozenset({"experts"})))
+
+    cuda.prepare_experts([{}], torch.float32, is_batch_invariant=False)
+
+
+@pytest.mark.parametrize(
+    ("has_states", "given_back", "is_batch_invariant", "times"),
+    [
+        (True, (), False, 1),
+        (False, (), False, 0),
+        (True, ("gated_delta_rule",), False, 0),
+        (True, (), True, 0),
+    ],
+)
+def test_chunks_by_fla_are_tried_before_the_first_prompt(
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    has_states: bool,
+    given_back: Sequence[str],
+    is_batch_invariant: bool,
+    times: int,
+) -> None:
+    tried = []
+    monkeypatch.setattr(cuda, "kernels", lambda: CudaKernels(object(), frozenset(given_back)))
+    monkeypatch.setattr(cuda, "attention_for", lambda *_: None)
+    monkeypatch.setattr(cuda, "fla_rule", lambda: tried.append(1))
+
+    cuda.prepare(
+        Shape(4, 2, 64, 16, torch.float32, "cpu"),
+        Execution(is_batch_invariant=is_batch_invariant),
+        has_states=has_states,
+    )
+
+    assert len(tried) == times
+
+
 @pytest.mark.parametrize("is_batch_invariant", [False, True])
 def test_a_model_computes_with_the_kernels_what_it_computes_by_plain_torch(
     interpreted: Interpreted, is_batch_invariant: bool

@@ -100,7 +100,7 @@ def test_experts_in_tiles_agree(kernels: cpu.CpuKernels, kind: str) -> None:
     torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("gate", ["F16", "Q4_K", "FP8"])
+@pytest.mark.parametrize("gate", ["F16", "Q4_K", "Q6_K", "FP8"])
 def test_gates_may_be_of_another_type(kernels: cpu.CpuKernels, gate: str) -> None:
     mixture = mixture_of("Q8_0", 20, 32, 256, gate=gate)
 

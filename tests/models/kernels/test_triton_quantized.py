@@ -103,6 +103,25 @@ def test_the_likeliest_experts_are_chosen(
     assert difference < 1e-6
 
 
+@pytest.mark.parametrize("experts", [5, 8])
+def test_no_id_is_beyond_the_experts_whatever_the_logits(
+    interpreted: Interpreted, experts: int
+) -> None:
+    least, largest = interpreted(quantized_cases.ids_of_what_is_no_number, experts)
+
+    assert 0 <= least <= largest < experts
+
+
+@pytest.mark.parametrize("is_batch_invariant", [False, True])
+def test_preparing_experts_goes_every_way_that_serving_them_can(
+    interpreted: Interpreted, *, is_batch_invariant: bool
+) -> None:
+    found = interpreted(quantized_cases.prepared_launches, is_batch_invariant=is_batch_invariant)
+
+    every = ["_pairs_by_expert 16", "_pairs_by_expert 64", "_pairs_by_themselves"]
+    assert found == (every[:1] if is_batch_invariant else every)
+
+
 @pytest.mark.parametrize("tokens", [2, 30, 60])
 @pytest.mark.parametrize("kinds", [("F32",) * 3, ("Q4_0", "Q4_0", "Q8_0")], ids=["dense", "packed"])
 def test_tokens_go_through_their_experts(

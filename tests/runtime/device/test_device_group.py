@@ -24,6 +24,7 @@ from cortex.ipc.messages import (
 )
 from cortex.ipc.plan_ring import PlanRing
 from cortex.ipc.post import Letters, Post
+from cortex.runtime.device.collectives import RankCollectives
 from engine_fakes import DeviceBench, FakeLoad, FakeModel, answer, code_of, greedy
 
 
@@ -124,6 +125,24 @@ def test_a_follower_that_is_unloaded_finishes_what_it_was_told_and_lets_go_of_ev
     del module
     gc.collect()
     assert gone() is None
+
+
+def test_every_rank_of_a_model_that_is_gone_gives_up_its_communicator(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed: list[RankCollectives] = []
+
+    def note(collectives: RankCollectives) -> None:
+        closed.append(collectives)
+
+    monkeypatch.setattr(RankCollectives, "close", note)
+    pair.load("m")
+    pair.load("n")
+
+    for number, bench in enumerate(pair.benches):
+        assert isinstance(bench.ask(UnloadModel(802 + number, "m")), ModelUnloaded)
+
+    assert len(set(closed)) == 2
 
 
 def test_a_rank_that_has_the_model_already_refuses_for_all(pair: Pair) -> None:

@@ -87,12 +87,12 @@ async def alone(checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> A
         yield ranks
 
 
-@pytest_asyncio.fixture(scope="module", loop_scope="module", params=[2, 4])
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def group(
     checkpoint: Path, tmp_path_factory: pytest.TempPathFactory, request: pytest.FixtureRequest
 ) -> AsyncIterator[Ranks]:
-    """Two or four devices with the model, ``m``."""
-    async with ranks_of(request.param, tmp_path_factory.mktemp("group")) as ranks:
+    """Two devices with the model, ``m``, or as many as a test asks for."""
+    async with ranks_of(getattr(request, "param", 2), tmp_path_factory.mktemp("group")) as ranks:
         loaded(await ranks.load(checkpoint, **LIMITS))
         yield ranks
 
@@ -114,6 +114,7 @@ def are_alike(some: list[TokenRecord], others: list[TokenRecord]) -> bool:
     )
 
 
+@pytest.mark.parametrize("group", [2, 4], indirect=True)
 async def test_all_ranks_give_the_tokens_of_one_device(
     group: Ranks, expected: dict[int, list[TokenRecord]]
 ) -> None:

@@ -218,6 +218,30 @@ def test_an_embedding_that_fails_after_it_was_told_is_the_end_of_the_first_rank(
         pair.run.step()
 
 
+def test_a_step_that_nobody_waits_for_is_not_compared(
+    runs_ahead: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pair = Pair(runs_ahead=runs_ahead)
+    pooler, failed = pair.run.engine._pooler, iter([MemoryError()])
+    add = pooler.add
+
+    def failing_once(*arguments: Any) -> Any:
+        for error in failed:
+            raise error
+        return add(*arguments)
+
+    monkeypatch.setattr(pooler, "add", failing_once)
+    pair.run.start(1, [1, 2, 3], greedy(30))
+    pair.run.embed(2, [4])
+
+    pair.step()
+    assert pair.run.codes == {2: "out_of_memory"}
+    pair.run.failures.clear()
+    pair.until_ended(1)
+
+    assert pair.is_alike()
+
+
 def test_what_fails_on_a_follower_is_its_end() -> None:
     pair = Pair()
     pair.run.start(1, [1], greedy(4))

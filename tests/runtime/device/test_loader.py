@@ -10,6 +10,7 @@ from cortex.ipc.engine_options import EngineOptions
 from cortex.ipc.messages import Failed, Generate, LoadModel, LoadProgress, ModelLoaded
 from cortex.models.checkpoints.errors import CheckpointError
 from cortex.models.kernels.cuda_attention import Unavailable
+from cortex.runtime.device import loader as loader_module
 from cortex.runtime.device.cuda import side_stream
 from cortex.runtime.device.loader import Loaded, Loader, LoadFailed, Outcome
 from cortex.runtime.device.memory import DeviceMemory
@@ -159,6 +160,20 @@ def test_a_load_that_fails_says_why(
 
     assert failed.code == code
     assert failed.detail.endswith(detail)
+
+
+def test_a_load_that_fails_at_its_very_end_holds_nothing(
+    loader: Loader, memory: DeviceMemory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(*_arguments: object, **_options: object) -> None:
+        raise ValueError("no engine")
+
+    monkeypatch.setattr(loader_module, "Engine", broken)
+
+    failed = outcome(loader, LoadModel(1, "m", "/m"))
+
+    assert isinstance(failed, LoadFailed)
+    assert memory.held == {}
 
 
 def test_a_load_that_fails_does_not_stand_in_the_way_of_the_next(

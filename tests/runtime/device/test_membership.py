@@ -116,6 +116,25 @@ def test_a_model_that_goes_waits_for_one_that_comes_where_its_steps_are_behind(
     assert bench.journal == ["late", "a"]
 
 
+def test_a_model_that_goes_does_not_wait_for_the_end_of_another(bench: Bench) -> None:
+    class Endless(Noting):
+        """Its first rank tells the next step as soon as this one is made."""
+
+        def step(self, told: ToldStep, next_message: object) -> None:
+            super().step(told, next_message)
+            assert len(self._journal) < 1000, "the others are followed for ever"
+            bench.tell("other")
+
+    bench.membership.add(Endless("other", bench.journal))
+    bench.add("a")
+    bench.tell("other")
+    bench.tell("a")
+
+    assert bench.membership.remove("a", ())
+
+    assert "a" in bench.journal
+
+
 def test_masks_are_the_next_message(bench: Bench) -> None:
     bench.add("a")
     bench.tell("a", masks=b"m")

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
+import os
 import threading
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from torch.distributed import FileStore  # type: ignore[attr-defined] # torch's
 
 from cortex.runtime.device import nccl
 from cortex.runtime.device.nccl import NcclCollectives, UniqueId
@@ -44,7 +47,19 @@ def library(monkeypatch: pytest.MonkeyPatch) -> FakeNccl:
     monkeypatch.setattr(nccl, "library", lambda: fake)
     monkeypatch.setattr(torch.cuda, "device", lambda _: contextlib.nullcontext())
     monkeypatch.setattr(NcclCollectives, "_stream", lambda _: 0)
+    monkeypatch.setattr(NcclCollectives, "_wait", lambda _: fake.calls.append("wait"))
     return fake
+
+
+class AnyLibrary:
+    """Has every function."""
+
+    def __getattr__(self, name: str) -> Callable[..., int]:
+        def call(*_: Any) -> int:
+            return 0
+
+        setattr(self, name, call)
+        return call
 
 
 def made() -> NcclCollectives:
@@ -62,6 +77,43 @@ def test_a_sum_is_in_place_and_columns_are_gathered(library: FakeNccl) -> None:
     assert collectives.all_reduce(x) is x
     assert collectives.all_gather(x).shape == (3, 8)
     assert library.calls == ["ncclCommInitRank", "ncclAllReduce", "ncclAllGather"]
+
+
+def test_ranks_that_meet_make_every_connection_before_they_go_on(
+    library: FakeNccl, tmp_path: Path
+) -> None:
+    store = FileStore(str(tmp_path / "store"), 1)
+
+    NcclCollectives.meeting(store, torch.device("cpu"), rank=0, ranks=1)
+
+    pairs = ["ncclAllReduce", "ncclAllGather"] * len(nccl.CONNECTING_ELEMENTS)
+    ends = ["wait", "ncclCommGetAsyncError"]
+    assert library.calls == ["ncclGetUniqueId", "ncclCommInitRank", *pairs, *ends]
+
+
+def test_a_communicator_that_does_not_connect_is_given_up(
+    library: FakeNccl, tmp_path: Path
+) -> None:
+    library.results["ncclAllGather"] = 2
+    store = FileStore(str(tmp_path / "store"), 1)
+
+    with pytest.raises(PeerLost, match="ncclAllGather failed"):
+        NcclCollectives.meeting(store, torch.device("cpu"), rank=0, ranks=1)
+
+    assert library.calls[-1] == "ncclCommAbort"
+
+
+def test_the_ranks_are_of_this_host_unless_somebody_says_otherwise(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(ctypes, "CDLL", lambda _: AnyLibrary())
+    monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
+    monkeypatch.setenv("NCCL_GRAPH_REGISTER", "1")
+
+    nccl.library.__wrapped__()
+
+    assert os.environ.pop("NCCL_SOCKET_IFNAME") == "lo"
+    assert os.environ["NCCL_GRAPH_REGISTER"] == "1"
 
 
 @pytest.mark.parametrize("call", ["ncclCommInitRank", "ncclAllReduce", "ncclAllGather"])

@@ -13,7 +13,7 @@ from cortex.ipc.messages import SamplingParams
 from cortex.models.batch import Batch
 from cortex.runtime.device.model_runner import ModelRunner
 from cortex.runtime.device.step_plan import PlannedSequence, StepPlan
-from cortex.runtime.device.workspace import living_bytes, measure_workspace
+from cortex.runtime.device.workspace import living_bytes, measure_workspace, probe_tokens
 from engine_fakes import FakeModel, RecallingModule
 from tiny_models import loaded, saved_model
 
@@ -141,6 +141,20 @@ def test_graphs_keep_a_decode_step_of_theirs_and_the_logits_of_each() -> None:
     assert step + logits <= workspace.graph_bytes < 2 * step + logits
     assert workspace.fixed_bytes - workspace.graph_bytes == without.fixed_bytes
     assert without.graph_bytes == 0
+
+
+@pytest.mark.parametrize("has_states", [False, True])
+def test_a_gpu_is_measured_on_steps_that_go_the_ways_of_large_ones(*, has_states: bool) -> None:
+    from cortex.models.kernels.reference_delta import CHUNK_TOKENS
+    from cortex.models.kernels.triton_experts import PAIRS_BY_THEMSELVES
+    from cortex.models.kernels.triton_quantized import UNPACKED_FROM
+
+    few, more = probe_tokens("cuda", has_states=has_states)
+
+    assert few < more
+    assert few >= UNPACKED_FROM
+    assert few > PAIRS_BY_THEMSELVES
+    assert few % CHUNK_TOKENS == more % CHUNK_TOKENS == 0
 
 
 def test_a_model_made_for_very_few_tokens_can_be_measured() -> None:
