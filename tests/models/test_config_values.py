@@ -6,7 +6,7 @@ import math
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from transformers import AutoConfig
 
@@ -286,6 +286,7 @@ KEYS = sorted(
 )
 
 
+@settings(suppress_health_check=[HealthCheck.too_slow])
 @given(st.sampled_from(sorted(ARCHITECTURES)), st.dictionaries(st.sampled_from(KEYS), WRONG))
 def test_a_config_json_with_anything_in_it_is_read_or_refused(
     model_type: str, changes: dict[str, Any]
